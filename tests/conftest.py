@@ -1,0 +1,245 @@
+"""Two tools for every test: `serving` runs an app in a thread of this process, and a
+`Client` speaks bytes to it over a real socket. `Process` does the same with a real
+`python server.py` and real signals.
+
+Nothing sleeps to wait for something: a read blocks until the bytes are there, with
+PATIENCE as the deadline after which a test has failed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import queue
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import h11
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
+
+import server  # noqa: E402
+import sockets  # noqa: E402
+
+PATIENCE = 20.0  # seconds; only a failing test waits that long
+GET = b"GET / HTTP/1.1\r\nHost: test\r\n\r\n"
+
+
+class Client:
+    """One connection: bytes out, bytes or whole responses in."""
+
+    def __init__(self, address):
+        family = socket.AF_INET if isinstance(address, tuple) else socket.AF_UNIX
+        if isinstance(address, tuple) and ":" in address[0]:
+            family = socket.AF_INET6
+        self.sock = socket.socket(family, socket.SOCK_STREAM)
+        self.sock.settimeout(PATIENCE)
+        self.sock.connect(address)
+        self.unread = b""
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.sock.close()
+
+    def send(self, data: bytes) -> None:
+        self.sock.sendall(data)
+
+    def half_close(self) -> None:
+        self.sock.shutdown(socket.SHUT_WR)
+
+    def reset(self) -> None:
+        """Leave as a crash does: with a reset instead of an orderly close."""
+        layout = b"\x01\x00\x00\x00" if os.name == "nt" else b"\x01" + bytes(7)
+        self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, layout)
+        self.sock.close()
+
+    def read_until(self, end: bytes) -> bytes:
+        """All bytes up to and with `end`."""
+        while end not in self.unread:
+            data = self.sock.recv(65536)
+            assert data, f"closed before {end!r}; got {self.unread!r}"
+            self.unread += data
+        found, _, self.unread = self.unread.partition(end)
+        return found + end
+
+    def read_all(self) -> bytes:
+        """All bytes until the server closes its half. A reset is an error."""
+        while data := self.sock.recv(65536):
+            self.unread += data
+        found, self.unread = self.unread, b""
+        return found
+
+    def response(self, method: str = "GET"):
+        """The next response, read by h11: (status, {name: value}, body)."""
+        conn = h11.Connection(h11.CLIENT)
+        conn.send(h11.Request(method=method, target="/", headers=[("host", "x")]))
+        conn.send(h11.EndOfMessage())
+        conn.receive_data(self.unread) if self.unread else None
+        head, body = None, b""
+        while type(event := conn.next_event()) is not h11.EndOfMessage:
+            if event is h11.NEED_DATA:
+                conn.receive_data(self.sock.recv(65536))
+            elif type(event) is h11.Response:
+                head = event
+            elif type(event) is h11.Data:
+                body += event.data
+            else:
+                assert type(event) is h11.InformationalResponse, event
+        self.unread = conn.trailing_data[0]
+        fields = {name.decode(): value.decode() for name, value in head.headers}
+        return head.status_code, fields, body
+
+
+class Serving:
+    """A server that runs in a thread, with what a test wants to ask of it."""
+
+    def __init__(self, app, listener, options):
+        self.config = server.Config(app, **options)
+        self.server = server.Server(self.config, [listener])
+        self.address = listener.getsockname()
+        self.errors: list[BaseException] = []
+        self.ready = threading.Event()
+        self.thread = threading.Thread(target=self.run, daemon=True)
+
+    def run(self):
+        try:
+            with asyncio.Runner() as runner:
+                runner.run(self.server.serve(self.ready.set))
+        except BaseException as exc:
+            self.errors.append(exc)
+        finally:
+            self.ready.set()
+
+    def connect(self) -> Client:
+        return Client(self.address[:2] if isinstance(self.address, tuple) else self.address)
+
+    def talk(self, data: bytes) -> bytes:
+        """Send bytes, end our half of the connection, return all that comes back."""
+        with self.connect() as client:
+            client.send(data)
+            client.half_close()
+            return client.read_all()
+
+    def call(self, function, *arguments):
+        """Run a function on the server's loop, and return what it returns."""
+
+        async def run():
+            return function(*arguments)
+
+        future = asyncio.run_coroutine_threadsafe(run(), self.server.loop)
+        return future.result(PATIENCE)
+
+    def stop(self):
+        if self.thread.is_alive() and self.server.loop is not None:
+            with contextlib.suppress(RuntimeError):  # the loop closed just now
+                self.server.loop.call_soon_threadsafe(self.server.stop, "test over")
+        self.thread.join(PATIENCE)
+        assert not self.thread.is_alive(), "the server did not stop"
+
+
+@contextlib.contextmanager
+def serving(app, listener=None, **options):
+    """Serve `app` on a free port; stop at the end, and check that nothing is left."""
+    options.setdefault("timeout_graceful_shutdown", 2.0)
+    listener = listener or sockets.bind_tcp("127.0.0.1", 0, 128)[0]
+    running = Serving(app, listener, options)
+    running.thread.start()
+    try:
+        assert running.ready.wait(PATIENCE)
+        if running.errors:
+            raise running.errors[0]
+        yield running
+    finally:
+        running.stop()
+        listener.close()
+    assert not running.server.tasks and not running.server.connections
+
+
+class Process:
+    """`python server.py …` as a user runs it, with its output line by line."""
+
+    def __init__(self, *arguments, cwd=None, env=None, **popen):
+        self.lines: list[str] = []
+        self.arrived: queue.Queue[str | None] = queue.Queue()
+        environment = {**os.environ, "PYTHONUNBUFFERED": "1", **(env or {})}
+        if os.name == "nt":  # so that Ctrl-Break reaches it and not us
+            popen["creationflags"] = subprocess.CREATE_NEW_PROCESS_GROUP
+        self.process = subprocess.Popen(
+            [sys.executable, str(ROOT / "server.py"), *map(str, arguments)],
+            cwd=cwd or ROOT,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            **popen,
+        )
+        self.reader = threading.Thread(target=self.read, daemon=True)
+        self.reader.start()
+
+    def read(self):
+        for line in self.process.stdout:
+            self.arrived.put(line.rstrip())
+        self.arrived.put(None)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.process.kill()
+        self.process.wait(PATIENCE)
+        self.reader.join(PATIENCE)
+        self.process.stdout.close()
+
+    def wait_for(self, pattern: str) -> re.Match:
+        """The first line, from here on, that matches."""
+        while (line := self.arrived.get(timeout=PATIENCE)) is not None:
+            self.lines.append(line)
+            if found := re.search(pattern, line):
+                return found
+        raise AssertionError(f"no line matches {pattern!r} in:\n" + self.output)
+
+    def port(self) -> int:
+        """The port, once the server says that it listens."""
+        return int(self.wait_for(r"listening on \w+://.*:(\d+)")[1])
+
+    def connect(self, port: int) -> Client:
+        return Client(("127.0.0.1", port))
+
+    def interrupt(self) -> None:
+        """What Ctrl-C does; on Windows, Ctrl-Break."""
+        self.process.send_signal(
+            signal.CTRL_BREAK_EVENT if os.name == "nt" else signal.SIGINT
+        )
+
+    def exit_code(self) -> int:
+        """Wait for the end; `output` is complete then."""
+        code = self.process.wait(PATIENCE)
+        self.reader.join(PATIENCE)
+        while not self.arrived.empty():
+            if (line := self.arrived.get()) is not None:
+                self.lines.append(line)
+        return code
+
+    @property
+    def output(self) -> str:
+        return "\n".join(self.lines)
+
+
+@pytest.fixture
+def log(caplog):
+    """The server's log, whatever its level."""
+    caplog.set_level(logging.DEBUG, "server")
+    return caplog
