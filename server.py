@@ -1,0 +1,1767 @@
+"""foal: a complete ASGI server that a person can read in an afternoon.
+
+Owns: the command line, the composition of the four leaves, and the protocols: HTTP/1.1
+    by h11, the ASGI messages, lifespan.
+Must not know: how an address is bound, why a loop was chosen, when a worker is
+    replaced; the leaves decide that, and say it in a sentence.
+
+Read beside: ASGI specification (main, www, lifespan); RFC 9112 and RFC 9110; h11 docs,
+    "API documentation"; Python docs, asyncio — "Transports and Protocols".
+
+The bug that shaped it: `python server.py` loads this file as __main__, and an app that
+    says `import server` would load it again, with other classes under the same names.
+    So the last lines hand over to the importable twin, and nothing happens at import
+    time.
+
+Contents, outermost first. Read down until you have what you came for.
+    1  Command line      main, make_parser, Config
+    2  Composition       run, supervise, serve_in_worker, serve_here, serve, load_app
+    3  Server            Server
+    4  Lifespan          Lifespan
+    5  Connection        HTTPConnection, fill_scope, forwarded, Gate
+    6  Request           RequestResponseCycle
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import contextvars
+import dataclasses
+import difflib
+import email.utils
+import enum
+import functools
+import http
+import importlib
+import inspect
+import ipaddress
+import logging
+import math
+import multiprocessing
+import multiprocessing.connection
+import os
+import platform
+import re
+import signal
+import socket
+import struct
+import sys
+import threading
+import traceback
+from collections.abc import Awaitable, Callable, Iterator, MutableMapping
+from typing import Any, NoReturn
+from urllib.parse import unquote
+
+try:
+    import h11
+except ModuleNotFoundError:
+    if __name__ != "__main__":
+        raise
+    # A newcomer's first mistake deserves a sentence instead of a traceback.
+    print('foal needs h11; run: pip install "h11>=0.16"', file=sys.stderr)
+    sys.exit(3)
+
+import loops
+import reload
+import sockets
+import workers
+
+__version__ = "0.1.0"
+
+# The types of the ASGI specification: an app is called with a scope and two functions.
+Message = MutableMapping[str, Any]
+Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+ASGIApp = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+logger = logging.getLogger("server")
+access_logger = logging.getLogger("server.access")
+
+
+LEVELS = ("debug", "info", "warning", "error")
+
+
+class StartupError(Exception):
+    """The server could not start. The message is one line that says what to do; the
+    cause, if there is one, is the app's own exception, shown with its traceback."""
+
+
+class ClientDisconnected(OSError):
+    """Raised by send once nobody is there to read (ASGI www, "Disconnected Client")."""
+
+
+# ──────────────────────────────────────────────────────────────── 1. Command line ──
+#
+# What was asked? Every option is one field of Config: its name, type, default, limits
+# and help stand in one place, and the parser and README's table are made from it. Names
+# are uvicorn's where the meaning is the same.
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; return the exit code (README, "Exit codes")."""
+    try:
+        config = parse_args(arguments)
+    except ValueError as exc:
+        print(f"foal: {exc} (--help lists the options)", file=sys.stderr)
+        return 2
+    code = run(config)
+    leave_within(5.0, code)  # a thread of the app may never end
+    return code
+
+
+def parse_args(arguments: list[str] | None = None) -> Config:
+    """Make a Config of arguments, by default sys.argv's. Raises ValueError."""
+    return Config(**vars(make_parser().parse_args(arguments)))
+
+
+def make_parser() -> Parser:
+    title = __doc__.partition("\n")[0]
+    parser = Parser("server.py", description=title, allow_abbrev=False)
+    parser.add_argument("app", metavar="MODULE:ATTRIBUTE", help="for example main:app")
+    parser.add_argument("--version", action="version", version=versions())
+    for field in dataclasses.fields(Config)[1:]:
+        how: dict[str, Any] = {"help": field.metadata["help"]}
+        if field.type == "bool":  # naming it turns the default round
+            how["action"] = "store_false" if field.default else "store_true"
+        else:
+            how["metavar"] = field.metadata["metavar"]
+            # A string: annotations are not evaluated in this file.
+            how["type"] = {"int": int, "float": float}.get(field.type.split()[0], str)
+        if field.type == "Repeated":
+            how["action"] = "append"
+        flag = flag_of(field)
+        parser.add_argument(flag, dest=field.name, default=field.default, **how)
+    return parser
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, with mistakes as one line instead of a page of usage."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(message)
+
+
+def flag_of(field: dataclasses.Field) -> str:
+    """The option of a field of Config."""
+    no = "no-" if field.default is True else ""
+    return f"--{no}{field.name.replace('_', '-')}"
+
+
+def option(
+    default: Any,
+    help: str,
+    metavar: str | None = None,
+    *,
+    minimum: int | None = None,
+    choices: tuple[str, ...] = (),
+) -> Any:
+    """A field of Config that is also an option."""
+    if choices:
+        help = f"{help}: {', '.join(choices)}"
+    if default not in (None, "") and type(default) is not bool:
+        help += " (default: %(default)s)"
+    limits = {"minimum": minimum, "choices": choices}
+    metadata = {"help": help, "metavar": metavar, **limits}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+Repeated = list[str] | None  # an option that may be given several times
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """The whole program's input. Times are seconds. Raises ValueError, one line."""
+
+    app: ASGIApp | str  # an ASGI 3 application, or "MODULE:ATTRIBUTE"
+
+    host: str = option("127.0.0.1", 'address or name to listen on, "" for all')
+    port: int = option(8000, "TCP port, 0 for a free one", minimum=0)
+    uds: str | None = option(None, "listen on a Unix socket instead", "PATH")
+    fd: int | None = option(None, "adopt an open socket instead", minimum=0)
+    backlog: int = option(2048, "connections that may wait to be accepted", minimum=1)
+
+    workers: int = option(1, "processes that accept and serve", minimum=1)
+    reload: bool = option(False, "replace the workers when a file changes")
+    reload_dir: Repeated = option(
+        None, "watch here, not in --app-dir; repeatable", "DIR"
+    )
+    reload_include: Repeated = option(None, "watch these too; repeatable", "PATTERN")
+    reload_exclude: Repeated = option(None, "but not these; repeatable", "PATTERN")
+    reload_delay: float = option(0.25, "least time between two looks", minimum=0)
+
+    loop: str = option("auto", "auto, asyncio, selector, proactor or MODULE:FACTORY")
+    lifespan: str = option("auto", "lifespan events", choices=("auto", "on", "off"))
+    factory: bool = option(False, "the app is a function that returns the app")
+    app_dir: str = option(".", "folder to import the app from", "DIR")
+    root_path: str = option("", "path under which a proxy mounts the app", "PATH")
+
+    log_level: str = option("info", "least level to log", choices=LEVELS)
+    access_log: bool = option(True, "no line for each request")
+    header: Repeated = option(None, "field of each response; repeatable", "NAME:VALUE")
+    server_header: bool = option(True, "no Server field")
+    proxy_headers: bool = option(False, "believe X-Forwarded-For and -Proto")
+    forwarded_allow_ips: str = option(
+        "127.0.0.1,::1", "proxies to believe, or *", "LIST"
+    )
+
+    limit_concurrency: int | None = option(
+        None, "requests at once, then 503", minimum=1
+    )
+    limit_max_requests: int | None = option(None, "requests, then stop", minimum=1)
+    timeout_keep_alive: float = option(5.0, "wait for the next request", minimum=0)
+    timeout_request_head: float = option(10.0, "wait for a whole head", minimum=0)
+    timeout_request_body: float = option(60.0, "wait for more of a body", minimum=0)
+    timeout_graceful_shutdown: float = option(10.0, "wait on stop", minimum=0)
+    timeout_worker_healthcheck: float | None = option(
+        None, "replace a worker whose event loop is silent for so long", minimum=1
+    )
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self)[1:]:
+            value, low = getattr(self, field.name), field.metadata["minimum"]
+            choices = field.metadata["choices"]
+            if None not in (value, low) and not value >= low:  # so put, it refuses NaN
+                raise ValueError(
+                    f"{flag_of(field)} must be at least {low}, not {value}"
+                )
+            if choices and value not in choices:
+                names = ", ".join(choices)
+                raise ValueError(f"{flag_of(field)} must be {names}, not {value!r}")
+        if self.port > 65535:
+            raise ValueError(f"--port must be at most 65535, not {self.port}")
+        (
+            self.loop_choice(),
+            self.extra_headers(),
+            self.trusted_proxies(),
+        )  # to refuse now
+
+    @property
+    def shared(self) -> bool:
+        """Will other processes than this one accept on the listeners?"""
+        return self.reload or self.workers > 1
+
+    def loop_choice(self) -> loops.LoopChoice:
+        """Which loop, and why. Raises ValueError."""
+        return loops.choose(self.loop, platform=sys.platform, shared=self.shared)
+
+    def extra_headers(self) -> list[tuple[bytes, bytes]]:
+        """--header's values, as fields. Raises ValueError."""
+        pairs = [text.split(":", 1) for text in self.header or ()]
+        if any(len(pair) != 2 for pair in pairs):
+            raise ValueError(f"--header needs NAME:VALUE, not {self.header}")
+        fields = [(n.strip().encode(), v.strip().encode()) for n, v in pairs]
+        try:
+            h11.EndOfMessage(headers=fields)  # the grammar is h11's business
+        except h11.LocalProtocolError as exc:
+            raise ValueError(f"--header needs NAME:VALUE: {exc}") from None
+        return fields
+
+    def trusted_proxies(self) -> list:
+        """--forwarded-allow-ips as networks. Raises ValueError."""
+        listed = self.forwarded_allow_ips.replace("*", "0.0.0.0/0,::/0").split(",")
+        try:
+            return [ipaddress.ip_network(text.strip()) for text in listed if text]
+        except ValueError as exc:
+            raise ValueError(f"--forwarded-allow-ips: {exc}") from None
+
+
+def versions() -> str:
+    """The first line of every bug report."""
+    python = f"{platform.python_implementation()} {platform.python_version()}"
+    return f"foal {__version__}, {python}, h11 {h11.__version__}, {sys.platform}"
+
+
+# ───────────────────────────────────────────────────────────────── 2. Composition ──
+#
+# Who will do it? Listeners are bound, and listen, before the app is imported: a busy
+# port fails at once, in one line, in one place. Then either this process serves, or it
+# becomes the supervisor of workers that do, and never imports the app at all.
+
+
+def run(app: ASGIApp | str | Config, **options: Any) -> int:
+    """Serve until a signal; return the exit code (README, "Exit codes").
+
+    From Python: `server.run(app, port=0)`; the options are Config's fields.
+    """
+    config = app if isinstance(app, Config) else Config(app, **options)
+    configure_logging(config)
+    with contextlib.ExitStack() as cleanup:
+        try:
+            check_surroundings(config)
+            listeners = open_listeners(config, cleanup)
+            logger.info("%s, pid %d", versions(), os.getpid())
+            loop = config.loop_choice()
+            name = loop.factory.removeprefix("asyncio:")
+            logger.info("loop: %s, because %s", name, loop.reason)
+            if config.shared:
+                return supervise(config, listeners, cleanup)
+        except StartupError as exc:
+            logger.error("%s", exc)
+            return 3
+        return serve_here(Server(config, listeners), cleanup)
+
+
+def check_surroundings(config: Config) -> None:
+    """Raises StartupError for what no later step could explain as well."""
+    if tuple(map(int, h11.__version__.split(".")[:2])) < (0, 16):
+        # Older ones let two readers of one chunked body disagree (CVE-2025-43859).
+        raise StartupError(f'h11 {h11.__version__} is too old; pip install "h11>=0.16"')
+    if multiprocessing.current_process().name == workers.NAME:
+        # A spawned worker imports the script that started us (uvicorn #949, #1045).
+        raise StartupError('put server.run(…) below: if __name__ == "__main__":')
+    if config.shared and not isinstance(config.app, str):
+        raise StartupError(
+            "workers import the app themselves: pass its MODULE:ATTRIBUTE"
+        )
+
+
+def supervise(
+    config: Config, listeners: list[socket.socket], cleanup: contextlib.ExitStack
+) -> int:
+    """Be the parent: workers serve, the watcher says when to replace them."""
+    watcher = None
+    if config.reload:
+        folders = config.reload_dir or [config.app_dir]
+        watcher = reload.Watcher(
+            folders,
+            config.reload_include or (),
+            config.reload_exclude or (),
+            delay=config.reload_delay,
+        )
+        logger.info("watching %s", ", ".join(watcher.folders))
+    supervisor = workers.Supervisor(
+        serve_in_worker,
+        (config, listeners),
+        config.workers,
+        # After its own grace a worker still has to cancel, and to end its lifespan.
+        grace=config.timeout_graceful_shutdown + 5.0,
+        silence_limit=config.timeout_worker_healthcheck,
+        should_restart=watcher and watcher.changed,
+        on_ready=functools.partial(announce, config, listeners),
+        on_stop=cleanup.close,  # the last listener: no client waits for nobody
+    )
+    return supervisor.run()
+
+
+def announce(config: Config, listeners: list[socket.socket]) -> None:
+    """Where to point a browser; said when it answers and not before."""
+    for listener in listeners:
+        address = sockets.describe(listener, "http")
+        logger.info("listening on %s (Ctrl-C to stop)", address)
+
+
+def serve_in_worker(
+    config: Config,
+    listeners: list[socket.socket],
+    pipe: multiprocessing.connection.Connection,
+) -> None:
+    """Be the child: the target of every worker process."""
+    workers.ignore_group_signals()
+    configure_logging(config, worker=True)
+    with contextlib.ExitStack() as cleanup:
+        server = Server(config, listeners, workers.Lifeline(pipe))
+        code = serve_here(server, cleanup)
+    leave_within(5.0, code)
+    sys.exit(code)
+
+
+def serve_here(server: Server, cleanup: contextlib.ExitStack) -> int:
+    """Run a loop with this server in this process; return the exit code."""
+    try:
+        with stop_on_signals(server, cleanup), make_runner(server.config) as runner:
+            runner.run(server.serve())
+            cleanup.close()
+            overdue = leave_within(5.0, 0)  # closing a loop waits for the app's threads
+        overdue.cancel()
+    except StartupError as exc:
+        log_startup_error(exc)
+        return 3
+    except KeyboardInterrupt:
+        logger.info("stopped before the app was loaded")
+    return 0
+
+
+def make_runner(config: Config) -> asyncio.Runner:
+    """A runner with the loop that was asked for. Raises StartupError."""
+    try:
+        runner = asyncio.Runner(loop_factory=loops.load(config.loop_choice().factory))
+        runner.get_loop().set_exception_handler(loop_error)
+    except ValueError as exc:
+        raise StartupError(str(exc)) from None
+    return runner
+
+
+def log_startup_error(exc: Exception) -> None:
+    """One line; above it, if the app is to blame, its own traceback."""
+    if isinstance(exc.__cause__, BaseException):
+        logger.error("%s", app_traceback(exc.__cause__))
+    logger.error("%s", exc)
+
+
+async def serve(app: ASGIApp | str, **options: Any) -> None:
+    """The same inside a running loop: cancel the task to stop, gracefully.
+
+    Signals and logging belong to whoever runs the loop. Raises StartupError.
+    """
+    config = Config(app, **options)
+    with contextlib.ExitStack() as cleanup:
+        await Server(config, open_listeners(config, cleanup)).serve()
+
+
+def open_listeners(
+    config: Config, cleanup: contextlib.ExitStack
+) -> list[socket.socket]:
+    """Bind and listen as asked; `cleanup` undoes it. Raises StartupError."""
+    fds = sockets.systemd_fds(os.environ, os.getpid())
+    try:
+        if config.fd is not None:
+            listeners = [sockets.adopt(config.fd, config.backlog)]
+        elif config.uds is not None:
+            listener, file = sockets.bind_unix(config.uds, config.backlog)
+            cleanup.callback(file.remove)
+            listeners = [listener]
+        elif fds:
+            listeners = [sockets.adopt(fd, config.backlog) for fd in fds]
+        else:
+            listeners = sockets.bind_tcp(config.host, config.port, config.backlog)
+    except OSError as exc:
+        raise StartupError(exc.strerror or str(exc)) from None
+    for listener in listeners:
+        cleanup.callback(listener.close)
+    return listeners
+
+
+@contextlib.contextmanager
+def stop_on_signals(server: Server, cleanup: contextlib.ExitStack) -> Iterator[None]:
+    """The first SIGINT or SIGTERM stops gracefully; one more ends at once."""
+
+    def on_signal(number: int, frame: object) -> None:
+        # Runs between any two bytecodes, perhaps with a lock held: no logging here
+        # (gunicorn #2564). Note it, wake the loop, act there.
+        if server.stop_signal or server.stopping.is_set():
+            cleanup.close()
+            os._exit(128 + number)
+        server.stop_signal = number
+        if server.app is None:
+            raise KeyboardInterrupt  # no loop listens yet: leave the app's import
+        server.stop_soon(signal.Signals(number).name)
+
+    # A worker's Ctrl-C is its supervisor's business. SIGBREAK is Windows' Ctrl-Break.
+    names = ("SIGTERM",) if server.lifeline else ("SIGINT", "SIGTERM", "SIGBREAK")
+    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
+    if threading.current_thread() is not threading.main_thread():
+        numbers = []  # Python delivers signals to the main thread alone
+    previous = {number: signal.signal(number, on_signal) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def leave_within(seconds: float, code: int) -> threading.Timer:
+    """End the process then, whatever still runs in it. A stop is finite."""
+
+    def leave() -> None:
+        names = [t.name for t in threading.enumerate() if t.name != timer.name]
+        logger.warning("leaving although these threads still run: %s", ", ".join(names))
+        os._exit(code)
+
+    timer = threading.Timer(seconds, leave)
+    timer.daemon = True
+    timer.start()
+    return timer
+
+
+def load_app(config: Config) -> ASGIApp:
+    """The application itself, from its name or factory. Raises StartupError."""
+    app, name = config.app, config.app
+    if isinstance(app, str):
+        app = import_app(app, os.path.abspath(config.app_dir))
+    if config.factory:
+        try:
+            app = app()
+        except (Exception, SystemExit) as exc:
+            raise StartupError(f"the factory {name} failed: {exc!r}") from exc
+    complaint = not_asgi(app)
+    if complaint:
+        raise StartupError(f"{name} is not an ASGI 3 application: {complaint}")
+    return app
+
+
+def import_app(name: str, app_dir: str) -> Any:
+    """Import MODULE:ATTRIBUTE from `app_dir`, or else from our own examples/."""
+    module_name, _, attribute = name.partition(":")
+    if not module_name or not attribute or re.search(r"[/\\]|\.py$", module_name):
+        raise StartupError(
+            f'"{name}" is not MODULE:ATTRIBUTE; app in main.py is main:app'
+        )
+    here = os.path.dirname(os.path.abspath(__file__))
+    for ours in ("server", "loops", "sockets", "workers", "reload"):
+        if app_dir != here and os.path.exists(os.path.join(app_dir, f"{ours}.py")):
+            if ours == module_name:
+                raise StartupError(
+                    f"{ours}.py has a name of foal's; rename it, or use a package"
+                )
+            logger.warning(
+                "import %s will give foal's, not %s/%s.py", ours, app_dir, ours
+            )
+    sys.path.insert(0, app_dir)
+    sys.path.append(os.path.join(here, "examples"))
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as exc:
+        if exc.name is None or not f"{module_name}.".startswith(exc.name + "."):
+            raise StartupError(f"{module_name} could not be imported: {exc}") from exc
+        raise StartupError(
+            f'no module "{exc.name}" in {app_dir}; is --app-dir right?'
+        ) from None
+    except (Exception, SystemExit) as exc:  # the app's module is foreign code
+        raise StartupError(f"{module_name} could not be imported: {exc!r}") from exc
+    try:
+        return functools.reduce(getattr, attribute.split("."), module)
+    except AttributeError:
+        near = difflib.get_close_matches(attribute, dir(module), 1)
+        hint = f'; did you mean "{near[0]}"?' if near else ""
+        raise StartupError(f'"{module_name}" has no "{attribute}"{hint}') from None
+
+
+def not_asgi(app: Any) -> str:
+    """What is wrong with this application, or "", going by its parameters."""
+    if not callable(app):
+        return f"a {type(app).__name__} cannot be called"
+    try:
+        signature = inspect.signature(app)
+    except ValueError:  # some callables written in C have none: trust them
+        return ""
+
+    def takes(count: int) -> bool:
+        try:
+            signature.bind(*range(count))
+        except TypeError:
+            return False
+        return True
+
+    if takes(3):
+        return ""
+    if takes(2):
+        return "it looks like WSGI; wrap it, for example in a2wsgi.WSGIMiddleware"
+    if takes(1):
+        return "it looks like ASGI 2; wrap it in asgiref's guarantee_single_callable"
+    return (
+        "is it a factory? then add --factory" if takes(0) else f"it takes {signature}"
+    )
+
+
+def broken_app(exc: StartupError) -> ASGIApp:
+    """With --reload: an app that shows why the real one could not start. Only ever with
+    --reload, because a traceback is nobody's business but its author's."""
+    cause = exc.__cause__ and app_traceback(exc.__cause__)
+    page = f"{exc}\n\n{cause or ''}\n".encode(errors="replace")
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        fields = [(b"content-type", b"text/plain; charset=utf-8")]
+        await send({"type": "http.response.start", "status": 500, "headers": fields})
+        await send({"type": "http.response.body", "body": page})
+
+    return app
+
+
+def app_traceback(exc: BaseException) -> str:
+    """A traceback for the app's author: without our frames and importlib's above it."""
+    ours = (__file__, importlib.__file__, "<frozen importlib")
+    trace = exc.__traceback__
+    while trace and trace.tb_frame.f_code.co_filename.startswith(ours):
+        trace = trace.tb_next
+    return "".join(traceback.format_exception(type(exc), exc, trace)).rstrip()
+
+
+def configure_logging(config: Config, worker: bool = False) -> None:
+    """Lines on standard error, unless our caller has set up its own logging."""
+    logger.setLevel(config.log_level.upper())
+    if logger.hasHandlers():
+        return
+    pid = "[%(process)d] " if worker else ""
+    handler = logging.StreamHandler()
+    handler.setFormatter(LogFormatter(f"%(asctime)s %(levelname)-7s {pid}%(message)s"))
+    logger.addHandler(handler)
+    logger.propagate = False  # the app may give the root logger a handler as well
+
+
+class LogFormatter(logging.Formatter):
+    """Colours for levels: on a terminal only, and not with NO_COLOR (no-color.org)."""
+
+    colours = {logging.ERROR: "\x1b[31m", logging.WARNING: "\x1b[33m"}
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        line = super().formatMessage(record)
+        colour = self.colours.get(record.levelno)
+        if colour and sys.stderr.isatty() and not os.environ.get("NO_COLOR"):
+            line = f"{colour}{line}\x1b[0m"
+        return line
+
+
+# ────────────────────────────────────────────────────────────────────── 3. Server ──
+#
+# One process lives: start up, accept, wait, stop accepting, finish, shut down. The
+# server also keeps what would otherwise be done for every request: one ticker looks at
+# all deadlines and refreshes the Date field, and equal response heads are validated
+# once.
+
+TICK = 0.25  # seconds: how late a deadline may be noticed
+RESPONSE_CACHE = (
+    256  # events; apps with more distinct heads than this a second gain nothing
+)
+
+
+class Server:
+    """Serves one application on some listeners, in one process and one loop."""
+
+    def __init__(
+        self,
+        config: Config,
+        listeners: list[socket.socket],
+        lifeline: workers.Lifeline | None = None,  # to a supervisor, if there is one
+    ) -> None:
+        self.config = config
+        self.listeners = listeners
+        self.lifeline = lifeline
+        self.log = (
+            logger.debug if lifeline else logger.info
+        )  # a supervisor tells the rest
+        self.app: ASGIApp | None = None
+        self.loop: asyncio.AbstractEventLoop | None = None
+        self.lifespan: Lifespan | None = None
+        self.scheme = "http"
+        self.state: dict[str, Any] = {}  # filled by lifespan, copied for each request
+        self.proxies = config.trusted_proxies() if config.proxy_headers else []
+        self.log_access = config.access_log and access_logger.isEnabledFor(logging.INFO)
+        self.context = contextvars.Context()  # what every request starts from
+
+        # What lives now: the loop holds tasks weakly (uvicorn #972), so we hold them.
+        self.acceptors: list[asyncio.Server] = []
+        self.connections: set[HTTPConnection] = set()
+        self.tasks: set[asyncio.Task] = set()
+        self.requests_left = config.limit_max_requests or math.inf
+
+        # How it ends.
+        self.stop_signal = 0
+        self.stopping = asyncio.Event()
+        self.something_ended = asyncio.Event()
+
+        # Refreshed by the ticker.
+        self.ticker: asyncio.TimerHandle | None = None
+        self.common_fields: list[tuple[bytes, bytes]] = []
+        self.responses: dict[tuple, tuple[h11.Response, int | None]] = {}
+
+    async def serve(self, ready: Callable[[], None] = lambda: None) -> None:
+        """The life of the server. Calls `ready` once it accepts. Raises
+        StartupError."""
+        self.loop = asyncio.get_running_loop()
+        self.context = contextvars.copy_context()
+        if self.lifeline:
+            self.lifeline.watch(self.stop_soon)
+        await self.start_app()
+        try:
+            if not self.stopping.is_set():
+                await self.start_accepting()
+                ready()
+                await self.stopping.wait()
+        finally:  # also when the task that serves is cancelled
+            self.stopping.set()
+            self.stop_accepting()
+            await self.finish_requests()
+            await self.lifespan.shutdown()
+            self.log("stopped")
+
+    async def start_app(self) -> None:
+        """Load the app and tell it to start up. What is broken is fatal, but for
+        --reload: there every request gets the traceback, until the next change."""
+        try:
+            self.app = load_app(self.config)
+            self.lifespan = Lifespan(self, self.config.lifespan)
+            await self.lifespan.startup()
+        except StartupError as exc:
+            if not self.config.reload:
+                raise
+            log_startup_error(exc)
+            self.app = broken_app(exc)
+            self.lifespan = Lifespan(self, mode="off")
+
+    def stop(self, reason: str = "asked by the supervisor") -> None:
+        """Ask for a graceful stop. It goes on in `serve`."""
+        self.log("%s: stopping", reason)
+        self.stopping.set()
+        if self.lifespan:
+            self.lifespan.interrupt()
+
+    def stop_soon(self, *reason: str) -> None:
+        """The same from another thread, or from a signal handler."""
+        with contextlib.suppress(RuntimeError):  # the loop has just been closed
+            self.loop.call_soon_threadsafe(self.stop, *reason)
+
+    async def start_accepting(self) -> None:
+        self.tick()
+        for listener in self.listeners:
+            # The argument called backlog is also how many connections asyncio accepts
+            # in one turn of the loop. One: busy workers leave the rest to idle ones,
+            # and out of descriptors is reported once. Then the real backlog again.
+            acceptor = await self.loop.create_server(
+                lambda: HTTPConnection(self), sock=listener, backlog=1
+            )
+            listener.listen(self.config.backlog)
+            self.acceptors.append(acceptor)
+        if self.lifeline:
+            self.lifeline.say("ready")
+        else:
+            announce(self.config, self.listeners)
+
+    def stop_accepting(self) -> None:
+        for acceptor in self.acceptors:
+            acceptor.close()  # and not wait_closed: see all_ended (cpython #104344)
+
+    async def finish_requests(self) -> None:
+        """Wait for requests in flight, ever less patiently, for the grace in all."""
+        half = self.config.timeout_graceful_shutdown / 2
+        for connection in list(self.connections):
+            connection.close_if_idle()
+        if not await self.all_ended(half):
+            logger.info("still running: %d; telling them to end", len(self.tasks))
+            for connection in self.connections:
+                connection.hang_up()
+            if not await self.all_ended(half):
+                logger.warning("still running: %d; cancelling them", len(self.tasks))
+                for task in self.tasks:
+                    task.cancel()
+                await self.all_ended(1.0)
+        for connection in list(self.connections):
+            connection.transport.abort()
+        if self.ticker:
+            self.ticker.cancel()
+
+    async def all_ended(self, seconds: float) -> bool:
+        """Wait until no request runs and no connection is open; False if too late."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                while self.tasks or self.connections:
+                    self.something_ended.clear()
+                    await self.something_ended.wait()
+        return not (self.tasks or self.connections)
+
+    def tick(self) -> None:
+        """Four times a second: the date, and every deadline that has passed.
+
+        One timer for all, because two timer calls a request cost more than its scope.
+        """
+        self.ticker = self.loop.call_later(TICK, self.tick)
+        if self.lifeline:
+            self.lifeline.say("alive")
+        date = (b"date", email.utils.formatdate(usegmt=True).encode())
+        if date not in self.common_fields:
+            server = [(b"server", b"foal")] if self.config.server_header else []
+            self.common_fields = [date, *server, *self.config.extra_headers()]
+            self.responses.clear()
+        now = self.loop.time()
+        for connection in [c for c in self.connections if c.deadline <= now]:
+            connection.deadline_passed()
+
+    def response(self, status: int, fields: list) -> tuple[h11.Response, int | None]:
+        """A response event with our own fields added, and its Content-Length.
+
+        Equal ones are validated once: 9 µs a request. h11 says what is wrong with
+        others, by LocalProtocolError; TypeError if a name or value is not bytes."""
+        if not isinstance(status, int) or status is True:
+            raise TypeError(f"status must be an int, not {status!r}")
+        key = (status, tuple(map(tuple, fields)))
+        found = self.responses.get(key)
+        if found is None:
+            for name, value in key[1]:
+                if type(name) is not bytes or type(value) is not bytes:
+                    raise TypeError(f"header ({name!r}, {value!r}) must be two bytes")
+            found = self.make_response(status, key[1])
+            if len(self.responses) < RESPONSE_CACHE:
+                self.responses[key] = found
+        return found
+
+    def make_response(
+        self, status: int, fields: tuple
+    ) -> tuple[h11.Response, int | None]:
+        """Add to the app's fields what it did not say; drop what is not its to say."""
+        # Framing is the server's (ASGI www, "Response Start"); RFC 9110 §8.6 on 204.
+        dropped = {b"transfer-encoding"} | (
+            {b"content-length"} if status == 204 else set()
+        )
+        kept = [(n, v.strip(b" \t")) for n, v in fields if n.lower() not in dropped]
+        names = {name.lower() for name, _ in kept}
+        kept += [field for field in self.common_fields if field[0] not in names]
+        event = h11.Response(status_code=status, headers=kept, reason=phrase(status))
+        length = dict(event.headers).get(b"content-length")
+        return event, None if length is None else int(length)
+
+
+def loop_error(loop: asyncio.AbstractEventLoop, context: dict) -> None:
+    """What asyncio has nobody to tell: most of all, that accept() failed."""
+    error = context.get("exception")
+    if "socket" in context and "accept" in context["message"]:
+        # asyncio tries again after a second; existing connections go on.
+        logger.error("cannot accept connections: %s; raise ulimit -n?", error)
+    elif isinstance(error, Exception):
+        logger.error("%s: %s", context["message"], app_traceback(error))
+    else:
+        loop.default_exception_handler(context)
+
+
+def phrase(status: int) -> bytes:
+    """The reason phrase of a status code, or nothing (RFC 9112 §4)."""
+    with contextlib.suppress(ValueError):
+        return http.HTTPStatus(status).phrase.encode()
+    return b""
+
+
+# ──────────────────────────────────────────────────────────────────── 4. Lifespan ──
+#
+# The app's conversation with the process: one task, two questions, and a future for the
+# answer to the one that was asked last. The end of the task is an answer, too.
+
+
+class Lifespan:
+    """ASGI lifespan 2.0: startup before the first request, shutdown after the last."""
+
+    def __init__(self, server: Server, mode: str) -> None:
+        self.server = server
+        self.mode = mode
+        self.task: asyncio.Task | None = None  # None while the app takes no part
+        self.messages: asyncio.Queue[Message] = asyncio.Queue()
+        self.question = "startup"
+        self.answer: asyncio.Future[str] = server.loop.create_future()
+        self.text = ""  # what the app says about a failure
+        self.error: BaseException | None = None  # what it raised at startup
+
+    async def startup(self) -> None:
+        """Raises StartupError if the app says that it cannot."""
+        if self.mode == "off":
+            return
+        self.task = asyncio.create_task(self.run())
+        answer = await self.ask("startup")
+        if answer == "complete":
+            return
+        self.task.cancel()
+        self.task = None
+        if answer == "failed":
+            raise StartupError(f"the app failed to start: {self.text}")
+        if answer == "ended" and self.mode == "on":
+            raise StartupError("the app does not support lifespan") from self.error
+        if answer == "ended":  # "continue without lifespan support" (ASGI lifespan)
+            self.server.log("lifespan: not supported by the app: %r", self.error)
+
+    async def shutdown(self) -> None:
+        """Ask for the shutdown, and wait at most one more grace."""
+        if self.task is None or self.task.done():
+            return
+        grace = self.server.config.timeout_graceful_shutdown
+        try:
+            async with asyncio.timeout(grace):
+                if await self.ask("shutdown") == "failed":
+                    logger.error("lifespan: shutdown failed: %s", self.text)
+        except TimeoutError:
+            logger.error("lifespan: shutdown takes longer than %g s; leaving", grace)
+        self.task.cancel()
+
+    async def ask(self, question: str) -> str:
+        """Returns "complete", "failed", "ended" (without a word) or "interrupted"."""
+        self.question, self.answer = question, self.server.loop.create_future()
+        self.messages.put_nowait({"type": f"lifespan.{question}"})
+        return await self.answer
+
+    def reply(self, answer: str) -> None:
+        if not self.answer.done():
+            self.answer.set_result(answer)
+
+    def interrupt(self) -> None:
+        """Do not wait for the startup any longer: the server was asked to stop."""
+        if self.question == "startup":
+            self.reply("interrupted")
+
+    async def run(self) -> None:
+        asgi = {"version": "3.0", "spec_version": "2.0"}
+        scope = {"type": "lifespan", "asgi": asgi, "state": self.server.state}
+        try:
+            await self.server.app(scope, self.messages.get, self.send)
+        except (Exception, SystemExit) as exc:  # the app is foreign code
+            self.error = exc
+            answer = self.answer.result() if self.answer.done() else ""
+            if answer == "complete" or (self.question == "shutdown" and not answer):
+                logger.error("lifespan: the app failed: %s", app_traceback(exc))
+        finally:
+            self.reply("ended")
+
+    async def send(self, message: Message) -> None:
+        kind = message["type"]
+        answers = {
+            f"lifespan.{self.question}.{end}": end for end in ("complete", "failed")
+        }
+        if self.answer.done() or kind not in answers:
+            raise RuntimeError(f"unexpected message {kind!r} during {self.question}")
+        self.text = message.get("message", "")
+        self.reply(answers[kind])
+
+
+# ────────────────────────────────────────────────────────────────── 5. Connection ──
+#
+# One TCP connection, many requests. The easy path: a request arrives, the app answers,
+# both sides reach DONE, we go round again. Everything else is leaving that path and
+# asking h11 whether we may return to it (RFC 9112 §9.3, §9.6).
+#
+# When something goes wrong, blame decides. Their fault: the status that h11 hints at.
+# The app's: 500, and a traceback in our log only. In both cases h11's state says
+# whether an answer may still be given; if not, the connection ends in a way that looks
+# incomplete.
+
+TARGET_LIMIT = 8 * 1024  # RFC 9112 §3 recommends 8000 octets; nginx takes 8 KiB
+HEAD_LIMIT = 64 * 1024  # node.js takes 16 KiB, uvicorn 64
+FIELD_LIMIT = 100  # Apache takes 100
+CHUNK_LINE_LIMIT = 1024  # a size and its extensions, which nobody sends
+HIGH_WATER = 64 * 1024  # unread body that we hold before we stop reading; asyncio's own
+STREAM_FLUSH = 64 * 1024  # joined chunks are written from here on at once
+LINGER = 5.0  # seconds without a byte, after the last answer, until we stop reading
+LINGER_TOTAL = 30.0  # seconds until we stop in any case; both are nginx's
+SEND_TIMEOUT = 60.0  # seconds without a byte taken by the client, as nginx's
+READABLE = (h11.IDLE, h11.SEND_BODY)  # the client's states in which bytes go to h11
+
+
+class Waiting(enum.Enum):
+    """What a connection waits for: which deadline runs now, and what its end means."""
+
+    APP = "the app"  # without end
+    HEAD = "a request head"  # absolute, from the connection or the first byte on
+    NEXT_REQUEST = "the next request"  # absolute
+    BODY = "the request body"  # between two parts of it
+    CLIENT_TO_READ = "the client to read"  # between two looks that find progress
+    CLIENT_TO_CLOSE = "the client to close"  # between two reads, and absolute
+
+
+class HTTPConnection(asyncio.Protocol):
+    """One connection: owns the transport and h11. Callbacks as they happen."""
+
+    def __init__(self, server: Server) -> None:
+        self.server = server
+        self.loop = server.loop
+        self.conn = h11.Connection(h11.SERVER, HEAD_LIMIT)
+        self.gate = Gate()
+        self.lingering = False  # answered for the last time; what arrives is dropped
+
+        # For each request.
+        self.request: h11.Request | None = None
+        self.cycle: RequestResponseCycle | None = None
+
+        # Flow control, and the chunks of a stream that share one write.
+        self.writable = asyncio.Event()
+        self.writable.set()
+        self.joined: list[bytes] = []
+        self.joined_size = 0
+
+        self.waiting: Waiting | None = None
+        self.deadline = math.inf
+        self.unsent = math.inf  # bytes in the transport when its deadline was last set
+
+    def connection_made(self, transport: asyncio.Transport) -> None:
+        self.transport = transport
+        server, config = self.server, self.server.config
+        server.connections.add(self)
+        own = transport.get_extra_info("sockname")
+        peer = transport.get_extra_info("peername")
+        tcp = isinstance(peer, tuple)  # a Unix socket's client has no address
+        client = tuple(peer[:2]) if tcp else None
+        self.peer = "%s:%d" % client if tcp else "unix"
+        if tcp:
+            # Else small answers wait 40 ms for an ACK. asyncio sets it only where the
+            # listener's proto says TCP, and never on Windows (uvicorn #3149).
+            with contextlib.suppress(OSError):  # it may have left already
+                sock = transport.get_extra_info("socket")
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.scope = {
+            "type": "http",
+            "asgi": {"version": "3.0", "spec_version": "2.5"},
+            "server": tuple(own[:2]) if tcp and own else (os.fsdecode(own or ""), None),
+            "client": client,
+            "scheme": server.scheme,
+            "root_path": config.root_path,
+        }
+        self.behind_proxy = bool(server.proxies)
+        if self.behind_proxy and tcp:  # who reaches our Unix socket is on this machine
+            self.behind_proxy = is_trusted(client[0], server.proxies)
+        self.set_deadline()
+
+    # Reading.
+
+    def data_received(self, data: bytes) -> None:
+        if self.lingering:
+            self.deadline = min(self.loop.time() + LINGER, self.linger_end)
+            return
+        gate = self.gate
+        gate.buffer = gate.buffer + data if gate.buffer else data
+        if self.conn.their_state in READABLE:
+            self.read()
+        elif len(gate.buffer) > HIGH_WATER:  # pipelined requests, while one is answered
+            self.transport.pause_reading()
+
+    def read(self) -> None:
+        """Pass on what the gate lets through, until the request is complete or bytes
+        are missing. What is wrong with them is raised as h11 does, and ends here."""
+        conn, gate = self.conn, self.gate
+        if conn.their_state is h11.IDLE and not self.writable.is_set():
+            return  # it does not read our answers: no more of them for now
+        try:
+            while conn.their_state in READABLE and (piece := gate.next_piece()):
+                conn.receive_data(piece)
+                self.read_events()
+            if gate.eof and (not gate.buffer or conn.their_state is h11.SEND_BODY):
+                conn.receive_data(b"")
+                conn.next_event()
+        except h11.RemoteProtocolError as exc:
+            self.refuse(exc.error_status_hint, str(exc))
+            return
+        if gate.eof and self.cycle is None:
+            self.close()  # all is said, or half a head that will never be whole
+        else:
+            self.set_deadline()
+
+    def read_events(self) -> None:
+        conn = self.conn
+        while (event := conn.next_event()) is not h11.NEED_DATA:
+            kind = type(event)
+            if kind is h11.Request:
+                self.start_request(event)
+            elif kind is h11.Data:
+                self.cycle.body_received(event.data)
+            else:
+                assert kind is h11.EndOfMessage, "the gate passes one message at a time"
+                self.cycle.body_ended()
+                return
+
+    def start_request(self, request: h11.Request) -> None:
+        """Build the scope, and start the app in a task of its own."""
+        server = self.server
+        self.request = request
+        scope = self.scope.copy()
+        fill_scope(scope, request)
+        if len(server.tasks) >= (server.config.limit_concurrency or math.inf):
+            raise h11.RemoteProtocolError("too many requests at once", 503)
+        if self.behind_proxy:
+            scope.update(forwarded(scope, server.proxies))
+        scope["state"] = server.state.copy()
+        self.cycle = cycle = RequestResponseCycle(self, request, scope)
+        # Not loop.create_task: its extra layer costs 3 %. A fresh context, because we
+        # may be here from the send of the request before, with that one's variables.
+        cycle.task = asyncio.Task(
+            cycle.run(), loop=self.loop, context=server.context.copy()
+        )
+        server.tasks.add(cycle.task)
+        server.requests_left -= 1
+        if server.requests_left == 0 and server.lifeline:
+            server.lifeline.say("retire")  # serves on until its successor is ready
+        elif server.requests_left == 0:
+            server.stop("--limit-max-requests is reached")
+
+    def eof_received(self) -> bool:
+        """The client said all it will say. It may still be listening: answer it."""
+        self.gate.eof = True
+        if self.lingering:
+            return False  # that was what we waited for
+        self.read()
+        if self.cycle is not None:
+            self.cycle.changed()
+        return True  # keep the transport open
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.lingering = True
+        self.joined.clear()
+        if self.cycle is not None:
+            self.cycle.client_left()
+        self.writable.set()
+        self.server.connections.discard(self)
+        self.server.something_ended.set()
+
+    # Writing.
+
+    def write(self, data: bytes) -> None:
+        """Write now, in one call with whatever waits to be joined."""
+        if self.joined:
+            self.joined.append(data)
+            data = b"".join(self.joined)
+            self.joined.clear()
+            self.joined_size = 0
+        if not self.transport.is_closing():
+            self.transport.write(data)
+
+    def write_soon(self, data: bytes) -> None:
+        """Write in this turn of the loop or the next: ten chunks, one system call."""
+        if not self.joined:
+            self.loop.call_soon(self.flush)
+        self.joined.append(data)
+        self.joined_size += len(data)
+        if self.joined_size >= STREAM_FLUSH:
+            self.flush()
+
+    def flush(self) -> None:
+        if self.joined:
+            self.write(b"")
+
+    def pause_writing(self) -> None:
+        self.writable.clear()
+        self.set_deadline()
+
+    def resume_writing(self) -> None:
+        self.writable.set()
+        self.set_deadline()
+        if self.cycle is None and not self.lingering:
+            self.read()
+
+    # Between requests.
+
+    def response_ended(self) -> None:
+        """The cycle is over: go round again if h11 agrees, else close."""
+        conn, server = self.conn, self.server
+        self.cycle = None
+        again = conn.our_state is conn.their_state is h11.DONE
+        if not again or server.stopping.is_set():
+            self.close()  # with part of the request unread, too (RFC 9112 §9.3)
+            return
+        conn.start_next_cycle()
+        self.request = None
+        self.gate.head = b""
+        self.set_deadline()
+        self.transport.resume_reading()
+        if self.gate.buffer or self.gate.eof:
+            self.read()
+
+    # Deadlines: one at a time, looked at by the server's ticker.
+
+    def set_deadline(self) -> None:
+        """Which deadline runs follows from the states. One that runs already goes on,
+        however much drips in; only a part of a body earns time for the next part."""
+        conn, config = self.conn, self.server.config
+        what, seconds = Waiting.APP, math.inf
+        if self.lingering:
+            what, seconds = Waiting.CLIENT_TO_CLOSE, LINGER
+        elif not self.writable.is_set():
+            what, seconds = Waiting.CLIENT_TO_READ, SEND_TIMEOUT
+        elif conn.their_state is h11.SEND_BODY:
+            if (
+                self.transport.is_reading()
+                and not conn.they_are_waiting_for_100_continue
+            ):
+                what, seconds = Waiting.BODY, config.timeout_request_body
+        elif self.cycle is None:
+            what, seconds = Waiting.NEXT_REQUEST, config.timeout_keep_alive
+            if self.gate.buffer or self.waiting in (None, Waiting.HEAD):
+                what, seconds = Waiting.HEAD, config.timeout_request_head
+        if what is not self.waiting or what is Waiting.BODY:
+            self.waiting = what
+            self.deadline = self.loop.time() + seconds
+            self.unsent = math.inf
+
+    def deadline_passed(self) -> None:
+        unsent = self.transport.get_write_buffer_size()
+        if (
+            0 < unsent < self.unsent
+        ):  # a slow reader is not a dead one: look again later
+            self.deadline = self.loop.time() + SEND_TIMEOUT
+            self.unsent = unsent
+        elif unsent or self.waiting is Waiting.CLIENT_TO_CLOSE:
+            self.transport.abort()
+        elif (
+            self.waiting is Waiting.NEXT_REQUEST
+            or not self.request
+            and not self.gate.buffer
+        ):
+            self.close()  # it said nothing: there is nothing to answer
+        else:
+            self.refuse(408, f"waited too long for {self.waiting.value}")
+
+    # Endings.
+
+    def refuse(self, status: int, reason: str = "") -> None:
+        """The one place that answers errors: with `status` if h11 allows it."""
+        cycle, conn = self.cycle, self.conn
+        answerable = conn.our_state in (h11.IDLE, h11.SEND_RESPONSE)
+        if reason:
+            seen = "" if cycle else excerpt(self.gate.head or self.gate.buffer)
+            level = logging.INFO if self.gate.eof else logging.WARNING  # it just left
+            logger.log(level, "%s: %d, %s%s", self.peer, status, reason, seen)
+        if cycle is not None:
+            self.cycle = None
+            cycle.client_left()
+            cycle.state = ResponseState.COMPLETE
+            cycle.log_access(status if answerable else cycle.response.status_code)
+        if not answerable:
+            self.cut()
+            return
+        text = b"%d %s\n" % (status, phrase(status))
+        fields = [
+            (b"content-type", b"text/plain; charset=utf-8"),
+            (b"content-length", b"%d" % len(text)),
+            (b"connection", b"close"),
+        ]
+        if status == 503:
+            fields.append((b"retry-after", b"1"))
+        event, _ = self.server.response(status, fields)
+        data = conn.send(event)
+        if self.request is None or self.request.method != b"HEAD":
+            data += conn.send(h11.Data(data=text))
+        self.write(data)
+        self.close()
+
+    def close(self) -> None:
+        """Tear down in stages, so that a reset does not overtake the answer: end our
+        half, read on until the client ends its own (RFC 9112 §9.6)."""
+        self.flush()
+        self.lingering = True
+        self.set_deadline()
+        self.linger_end = self.loop.time() + LINGER_TOTAL
+        if self.gate.eof or self.server.stopping.is_set():
+            self.transport.close()
+        elif not self.transport.is_closing():
+            try:
+                self.transport.write_eof()
+                self.transport.resume_reading()
+            except (OSError, NotImplementedError):
+                self.transport.close()  # the client has reset it; or it is TLS
+
+    def cut(self) -> None:
+        """End an answer so that it does not look complete. Framing shows what is
+        missing; an HTTP/1.0 answer without it ends with the connection, so that must
+        break. (Where asyncio lets us: Windows' proactor loop ends it in good order.)"""
+        if self.conn.their_http_version == b"1.0" and not self.transport.is_closing():
+            layout = "hh" if sys.platform == "win32" else "ii"
+            linger = struct.pack(layout, 1, 0)  # no waiting: close by a reset
+            sock = self.transport.get_extra_info("socket")
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+            self.transport.abort()
+        else:
+            self.close()
+
+    def close_if_idle(self) -> None:
+        if self.cycle is None and self.conn.their_state is not h11.SEND_BODY:
+            self.close()
+
+    def hang_up(self) -> None:
+        """Half of the grace is over: streams learn it as a client that left."""
+        if self.cycle is not None:
+            self.cycle.hung_up = True
+            self.cycle.changed()
+
+
+def excerpt(data: bytes) -> str:
+    """The first bytes received, safe for a log and a terminal; and a guess."""
+    if not data:
+        return ""
+    hint = " (this looks like TLS)" if data[0] == 0x16 else ""
+    return f": {bytes(data[:60])!r}{hint}"
+
+
+# What h11 lets through and we do not. h11 checks syntax, leniently; two readers of one
+# message that disagree make request smuggling, so we are strict (RFC 9112 §11.2). The
+# gate looks at bytes before h11, check_request at the parsed request before the app.
+
+HOST = re.compile(rb"(\[[0-9A-Fa-f:.]+\]|[\w.~!$&'()*+;=%-]+)(:\d{0,5})?", re.ASCII)
+ABSOLUTE_FORM = re.compile(rb"https?://([^/?]*)(.*)", re.IGNORECASE)
+METHOD = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Z-]+")
+
+
+def fill_scope(scope: Scope, request: h11.Request) -> None:
+    """Add what a scope takes from a request (ASGI www, "HTTP Connection Scope").
+
+    Raises h11.RemoteProtocolError with the status to answer.
+    """
+    fields = [(name.lower(), value) for name, value in request.headers.raw_items()]
+    check_request(request, fields)
+    target = request.target
+    if not target.startswith(b"/"):
+        target, host = split_target(request)
+        # "MUST ignore the received Host header field … and instead use the host
+        # information of the request-target" (RFC 9112 §3.2.2).
+        fields = [(n, host if host and n == b"host" else v) for n, v in fields]
+    raw_path, _, scope["query_string"] = target.partition(b"?")
+    path = raw_path.decode("ascii")
+    scope["http_version"] = request.http_version.decode("ascii")
+    scope["method"] = request.method.decode("ascii")
+    scope["path"] = scope["root_path"] + (unquote(path) if "%" in path else path)
+    scope["raw_path"] = raw_path
+    scope["headers"] = fields
+
+
+def check_request(request: h11.Request, fields: list[tuple[bytes, bytes]]) -> None:
+    """Refuse what is well formed, and still not for us."""
+    refusal, last = h11.RemoteProtocolError, dict(fields)
+    if request.http_version not in (b"1.1", b"1.0"):
+        raise refusal("only HTTP/1.0 and HTTP/1.1 are spoken here", 505)
+    if request.http_version == b"1.0" and b"transfer-encoding" in last:
+        raise refusal("Transfer-Encoding on HTTP/1.0 (RFC 9112 §6.1)", 400)
+    if request.method == b"CONNECT":
+        raise refusal("CONNECT is for proxies", 501)
+    if not METHOD.fullmatch(request.method):  # nginx refuses, ASGI wants upper case
+        raise refusal("methods are case-sensitive, and upper-case", 400)
+    if b"host" in last and not is_host(last[b"host"]):
+        raise refusal("malformed Host (RFC 9112 §3.2)", 400)
+    expected = (
+        {v.lower() for n, v in fields if n == b"expect"} if b"expect" in last else ()
+    )
+    if expected not in ((), {b"100-continue"}):
+        raise refusal("unknown expectation (RFC 9110 §10.1.1)", 417)
+    if len(request.target) > TARGET_LIMIT:
+        raise refusal("request target too long", 414)
+    if b"#" in request.target:
+        raise refusal("a fragment in the request target (RFC 9112 §3.2)", 400)
+
+
+def split_target(request: h11.Request) -> tuple[bytes, bytes]:
+    """The path and query, and the host, of a target that is not in origin-form."""
+    if absolute := ABSOLUTE_FORM.fullmatch(request.target):
+        host, target = absolute.groups()
+        if is_host(host):
+            return target if target.startswith(b"/") else b"/" + target, host
+    if request.target == b"*" and request.method == b"OPTIONS":
+        return b"*", b""
+    raise h11.RemoteProtocolError("malformed request target (RFC 9112 §3.2)", 400)
+
+
+@functools.lru_cache(256)
+def is_host(value: bytes) -> bool:
+    """One host and perhaps a port: no list, no user information, no path."""
+    return HOST.fullmatch(value) is not None
+
+
+def is_trusted(host: str, networks: list) -> bool:
+    """Is this address one of the proxies that we believe?"""
+    with contextlib.suppress(ValueError):
+        address = ipaddress.ip_address(host)
+        return any(address in network for network in networks)
+    return False
+
+
+def forwarded(scope: Scope, networks: list) -> dict[str, Any]:
+    """What a trusted proxy says of its client, for the scope.
+
+    Each proxy appends its peer, so from the right the first address that is no proxy of
+    ours is the client; what stands left of it, anybody may have written.
+    """
+    found: dict[str, Any] = {}
+    lists = [
+        v.decode("latin-1") for n, v in scope["headers"] if n == b"x-forwarded-for"
+    ]
+    hosts = [host.strip() for host in ",".join(lists).split(",") if host.strip()]
+    while len(hosts) > 1 and is_trusted(hosts[-1], networks):
+        hosts.pop()
+    if hosts and re.fullmatch(r"[0-9A-Fa-f.:]+", hosts[-1]):  # it will be logged
+        found["client"] = (hosts[-1], 0)
+    scheme = dict(scope["headers"]).get(b"x-forwarded-proto")
+    if scheme in (b"http", b"https"):
+        found["scheme"] = scheme.decode()
+    return found
+
+
+CONTROLS = bytes({*range(32), 127} - {0x09, 0x0A, 0x0D})
+CONTENT_LENGTH = re.compile(rb"\r\ncontent-length:[ \t]*(\d{1,20})[ \t]*\r\n")
+CHUNK_LINE = re.compile(
+    rb"([0-9A-Fa-f]{1,16})"
+    rb"(?:;[\w!#$%&'*+.^`|~-]+(?:=(?:[\w!#$%&'*+.^`|~-]+"
+    rb'|"(?:[^"\\\x00-\x08\x0a-\x1f\x7f]|\\[\t -~\x80-\xff])*"))?)*\r\n',
+    re.ASCII,
+)
+
+
+class Part(enum.Enum):
+    """Which part of a message comes next; each message goes once round."""
+
+    #            ┌──► LENGTH ────────────────┐
+    #   HEAD ────┼──► CHUNKS ──► TRAILERS ───┼──► HEAD
+    #            └───────────────────────────┘
+    HEAD = enum.auto()
+    LENGTH = enum.auto()
+    CHUNKS = enum.auto()
+    TRAILERS = enum.auto()
+
+
+class Gate:
+    """Cuts the bytes of a connection into pieces that h11 may see: a head, once it is
+    complete; its body; and nothing of the next request before it is asked for."""
+
+    def __init__(self) -> None:
+        self.buffer = b""  # received and not yet passed on
+        self.eof = False  # nothing will be added to it
+        self.head = b""  # the last one passed on, for the log
+        self.empty_lines = 0  # before the next head
+        self.part = Part.HEAD
+        self.left = 0  # bytes of the body, or of a chunk and its CRLF, still to pass on
+
+    def next_piece(self) -> bytes:
+        """The next bytes for h11, or none if more must arrive first.
+
+        Raises h11.RemoteProtocolError with the status to answer.
+        """
+        if not self.buffer:
+            return b""
+        match self.part:
+            case Part.HEAD:
+                return self.next_head()
+            case Part.LENGTH:
+                piece = self.take(self.left)
+                self.left -= len(piece)
+                if not self.left:
+                    self.part = Part.HEAD
+                return piece
+            case Part.CHUNKS:
+                return self.next_chunks()
+            case Part.TRAILERS:
+                return self.next_trailers()
+
+    def take(self, size: int) -> bytes:
+        piece, self.buffer = self.buffer[:size], self.buffer[size:]
+        return piece
+
+    def next_head(self) -> bytes:
+        # "ignore at least one empty line (CRLF) received prior to the request-line"
+        # (RFC 9112 §2.2): some clients end a body with one too many.
+        while self.buffer.startswith(b"\r\n") and self.empty_lines < 2:
+            self.take(2)
+            self.empty_lines += 1
+        end = self.buffer.find(b"\r\n\r\n") + 4
+        if end < 4:
+            self.check_incomplete(self.buffer)
+            return b""
+        self.head = head = self.take(end)
+        self.check_size(head)
+        self.check_lines(head)
+        self.empty_lines = 0
+        self.part = self.framing(head.lower())
+        return head
+
+    def check_incomplete(self, start: bytes) -> None:
+        """What cannot become a head any more is refused before its end arrives."""
+        self.check_size(start)
+        self.check_lines(start.removesuffix(b"\r"))
+
+    def check_size(self, lines: bytes) -> None:
+        longest = TARGET_LIMIT + 64  # with a method and a version around the target
+        if len(lines) > longest and b"\n" not in lines[:longest]:
+            raise h11.RemoteProtocolError("request line too long", 414)
+        if len(lines) > HEAD_LIMIT:
+            raise h11.RemoteProtocolError("request head too large", 431)
+
+    def check_lines(self, lines: bytes) -> None:
+        """CRLF ends a line, and no other control character does a thing (§2.2)."""
+        count = lines.count(b"\r\n")
+        if lines.count(b"\n") != count or lines.count(b"\r") != count:
+            raise h11.RemoteProtocolError("bare CR or LF", 400)
+        if len(lines.translate(None, CONTROLS)) != len(lines):
+            raise h11.RemoteProtocolError("control character", 400)
+        if b"\n " in lines or b"\n\t" in lines:
+            raise h11.RemoteProtocolError("folded field line (RFC 9112 §5.2)", 400)
+        if count > FIELD_LIMIT + 2:
+            raise h11.RemoteProtocolError("too many fields", 431)
+
+    def framing(self, head: bytes) -> Part:
+        """How the body ends (RFC 9112 §6.3). h11 will say the same, or refuse."""
+        lengths = head.count(b"\r\ncontent-length:")
+        chunked = b"\r\ntransfer-encoding:" in head
+        if not lengths:
+            return Part.CHUNKS if chunked else Part.HEAD
+        if chunked:
+            raise h11.RemoteProtocolError("Content-Length with Transfer-Encoding", 400)
+        length = CONTENT_LENGTH.search(head)
+        if lengths > 1 or length is None:
+            raise h11.RemoteProtocolError("Content-Length is not one number", 400)
+        self.left = int(length[1])
+        return Part.LENGTH if self.left else Part.HEAD
+
+    def next_chunks(self) -> bytes:
+        """As many well-formed chunks, or parts of one, as there are."""
+        end, buffer = 0, self.buffer
+        while end < len(buffer):
+            if self.left:
+                step = min(self.left, len(buffer) - end)
+                self.left -= step
+                end += step
+                continue
+            line = CHUNK_LINE.match(buffer, end, end + CHUNK_LINE_LIMIT)
+            if line is None:
+                start = buffer[end : end + CHUNK_LINE_LIMIT]
+                if b"\n" in start or len(start) == CHUNK_LINE_LIMIT:
+                    raise h11.RemoteProtocolError(
+                        f"malformed chunk line {start!r}", 400
+                    )
+                break
+            end = line.end()
+            size = int(line[1], 16)
+            if not size:
+                self.part = Part.TRAILERS
+                break
+            self.left = size + 2  # with the CRLF behind the data, which h11 checks
+        return self.take(end)
+
+    def next_trailers(self) -> bytes:
+        end = self.buffer.find(b"\r\n\r\n") + 4
+        if self.buffer.startswith(b"\r\n"):
+            end = 2  # none: the usual case
+        if end < 4 and end != 2:
+            self.check_incomplete(self.buffer)
+            return b""
+        trailers = self.take(end)
+        self.check_size(trailers)
+        self.check_lines(trailers)
+        self.part = Part.HEAD
+        return trailers
+
+
+# ───────────────────────────────────────────────────────────────────── 6. Request ──
+#
+# One request, one task. The cycle translates between the messages of ASGI and the
+# events of h11, and holds the response head back until the first body message: head,
+# body and end leave in one write, and an app that fails early can still be a 500.
+
+
+class ResponseState(enum.Enum):
+    """What the app has to send next (ASGI www, "Response Start", "Response Body")."""
+
+    #                http.response.start        http.response.body, more_body=False
+    #   EXPECTING_START ─────────► EXPECTING_BODY ─────────────────► COMPLETE
+    #                              ▲            │ more_body=True
+    #                              └────────────┘
+    EXPECTING_START = enum.auto()
+    EXPECTING_BODY = enum.auto()
+    COMPLETE = enum.auto()
+
+
+class BodyState(enum.Enum):
+    """Where the request body is."""
+
+    ARRIVING = enum.auto()  # ──► all of it has arrived
+    ARRIVED = enum.auto()  # ──► receive has returned the last of it
+    TAKEN = enum.auto()
+
+
+class RequestResponseCycle:
+    """One request and its response: runs the app, and owns its receive and send."""
+
+    def __init__(
+        self, connection: HTTPConnection, request: h11.Request, scope: Scope
+    ) -> None:
+        self.connection = connection
+        self.request = request
+        self.scope = scope  # the app's from now on
+        self.client = scope["client"]
+        self.task: asyncio.Task | None = None
+        self.started = connection.loop.time()
+
+        # Request body: what has arrived and receive has not yet returned.
+        self.body_state = BodyState.ARRIVING
+        self.body: list[bytes] = []
+        self.body_size = 0
+        self.change: asyncio.Event | None = None  # made when receive first has to wait
+
+        self.hung_up = False  # receive says http.disconnect; an answer is still welcome
+        self.gone = False  # nobody is there: send raises
+
+        # Response.
+        self.state = ResponseState.EXPECTING_START
+        self.response: h11.Response | None = None  # held back until the first body
+        self.length: int | None = None  # the Content-Length that the app promised
+        self.no_content = request.method == b"HEAD"
+        self.sent = 0  # bytes of content
+
+    async def run(self) -> None:
+        """The life of a request. Never raises: nobody awaits its task."""
+        server = self.connection.server
+        try:
+            await server.app(self.scope, self.receive, self.send)
+            if self.state is not ResponseState.COMPLETE and not self.hung_up:
+                raise RuntimeError("the app returned before its response was complete")
+        except BaseException as exc:  # the app is foreign code, and may say sys.exit()
+            self.explain(exc)
+        finally:
+            server.tasks.discard(self.task)
+            server.something_ended.set()
+        if self.state is ResponseState.COMPLETE:
+            return
+        if server.stopping.is_set():
+            self.connection.refuse(503)
+        elif not self.hung_up:
+            self.connection.refuse(500)
+        else:  # told that the client has left, an app may leave the answer undone
+            self.connection.cycle = None
+            self.log_access(self.response.status_code if self.response else 499)
+            self.connection.cut()
+
+    def explain(self, exc: BaseException) -> None:
+        """Log what the app raised: with its traceback, unless the client had left. Then
+        it is most often the way in which an app notices it, in one of many wrappings
+        (ASGI www, "Disconnected Client - send exception")."""
+        what = f"{self.request.method.decode()} {self.request.target.decode()}"
+        if isinstance(exc, asyncio.CancelledError):
+            logger.warning("%s: cancelled", what)
+        elif self.gone or self.hung_up:
+            logger.info("%s: the client had left, the app ended with %r", what, exc)
+        else:
+            logger.error("%s: the app failed:\n%s", what, app_traceback(exc))
+
+    # Receiving.
+
+    def body_received(self, data: bytes) -> None:
+        if self.state is ResponseState.COMPLETE:
+            return  # nobody will ask for it
+        self.body.append(data)
+        self.body_size += len(data)
+        if self.body_size > HIGH_WATER:
+            self.connection.transport.pause_reading()
+        self.changed()
+
+    def body_ended(self) -> None:
+        self.body_state = BodyState.ARRIVED
+        self.changed()
+
+    def client_left(self) -> None:
+        self.gone = self.hung_up = True
+        self.changed()
+
+    def changed(self) -> None:
+        if self.change is not None:
+            self.change.set()
+
+    async def receive(self) -> Message:
+        """The request body as it arrives, then http.disconnect when the client has left
+        or the response is complete (ASGI www, "Request", "Disconnect")."""
+        self.maybe_send_continue()
+        while not self.hung_up and self.state is not ResponseState.COMPLETE:
+            if self.body or self.body_state is BodyState.ARRIVED:
+                return self.take_body()
+            if self.body_state is BodyState.TAKEN and self.connection.gate.eof:
+                break
+            self.change = self.change or asyncio.Event()
+            self.change.clear()
+            await self.change.wait()
+        self.hung_up = True
+        return {"type": "http.disconnect"}
+
+    def maybe_send_continue(self) -> None:
+        """The app wants the body: now is the time to ask for it (RFC 9110 §10.1.1)."""
+        connection, conn = self.connection, self.connection.conn
+        if conn.they_are_waiting_for_100_continue and connection.cycle is self:
+            go_on = h11.InformationalResponse(
+                status_code=100, headers=[], reason=phrase(100)
+            )
+            connection.write(conn.send(go_on))
+            connection.set_deadline()
+
+    def take_body(self) -> Message:
+        body = b"".join(self.body)
+        self.body.clear()
+        if self.body_size > HIGH_WATER:
+            self.connection.transport.resume_reading()
+            self.connection.set_deadline()
+        self.body_size = 0
+        more_body = self.body_state is BodyState.ARRIVING
+        if not more_body:
+            self.body_state = BodyState.TAKEN
+        return {"type": "http.request", "body": body, "more_body": more_body}
+
+    # Sending.
+
+    async def send(self, message: Message) -> None:
+        """Take one message of the response. Raises ClientDisconnected when nobody is
+        there; TypeError, KeyError, RuntimeError or h11.LocalProtocolError for a message
+        that is wrong or comes at the wrong time, and then sends nothing of it."""
+        if not self.connection.writable.is_set():
+            await self.connection.writable.wait()
+        if self.connection.transport.is_closing():
+            self.client_left()  # a write has failed, and the loop had no turn since
+        if self.gone:
+            raise ClientDisconnected("the client has left")
+        match self.state, message["type"]:
+            case ResponseState.EXPECTING_START, "http.response.start":
+                self.start_response(message)
+            case ResponseState.EXPECTING_BODY, "http.response.body":
+                self.send_body(message)
+            case state, kind:
+                raise RuntimeError(f"unexpected message {kind!r} in {state.name}")
+
+    def start_response(self, message: Message) -> None:
+        server = self.connection.server
+        self.response, self.length = server.response(
+            message["status"], message.get("headers", ())
+        )
+        if message["status"] in (204, 304):  # never with content (RFC 9110 §6.4.1)
+            self.no_content = True
+        self.state = ResponseState.EXPECTING_BODY
+
+    def send_body(self, message: Message) -> None:
+        body, more_body = message.get("body", b""), message.get("more_body", False)
+        if type(body) is not bytes:
+            body = bytes(memoryview(body))  # a TypeError for str and int
+        if type(more_body) is not bool:
+            raise TypeError(f"more_body must be a bool, not {more_body!r}")
+
+        connection, conn = self.connection, self.connection.conn
+        data = head = b""
+        if conn.our_state is h11.SEND_RESPONSE:
+            data = head = self.head(len(body), more_body)
+        if body and not self.no_content:
+            data += conn.send(h11.Data(data=body))
+            self.sent += len(body)
+        if more_body:
+            # The first chunk leaves at once, later ones may share a write.
+            (connection.write if head else connection.write_soon)(data)
+            return
+        connection.write(data + conn.send(END))
+        self.state = ResponseState.COMPLETE
+        self.log_access(self.response.status_code)
+        self.changed()
+        connection.response_ended()
+
+    def head(self, size: int, more_body: bool) -> bytes:
+        """The bytes of the response head, now that the first `size` bytes follow it."""
+        connection, response = self.connection, self.response
+        if self.length is not None and not self.no_content:
+            if size > self.length or (size < self.length and not more_body):
+                # Said before h11 is: so the answer can still be a 500.
+                raise RuntimeError(f"Content-Length is {self.length}, the body {size}")
+        # "A server MUST read the entire request message body or close the connection"
+        # (RFC 9112 §9.3); the app that answers so early may read no more of it.
+        unread = connection.conn.their_state is h11.SEND_BODY
+        if unread or connection.server.stopping.is_set():
+            fields = [*response.headers.raw_items(), (b"connection", b"close")]
+            response = h11.Response(
+                status_code=response.status_code, headers=fields, reason=response.reason
+            )
+        return connection.conn.send(response)
+
+    def log_access(self, status: int) -> None:
+        """One line a request. h11 lets no control character into a target; the quote is
+        escaped too, because it would end ours (uvicorn #724)."""
+        server, request = self.connection.server, self.request
+        if not server.log_access:
+            return
+        client = self.client
+        access_logger.info(
+            '%s "%s %s HTTP/%s" %d %d B %.1f ms',
+            "%s:%d" % client if client else "unix",
+            request.method.decode("ascii"),
+            request.target.decode("ascii").replace('"', "%22"),
+            request.http_version.decode("ascii"),
+            status,
+            self.sent,
+            1000 * (server.loop.time() - self.started),
+        )
+
+
+END = h11.EndOfMessage()  # one for all
+
+
+if __name__ == "__main__":
+    # Run the importable twin of this file: apps and workers meet the same classes.
+    import server
+
+    sys.exit(server.main())
