@@ -1,0 +1,22 @@
+# examples/echo.py
+# A request body in pieces: receive until there is no more, and answer with the same.
+# Spec: ASGI www, "Request - receive event".
+#
+# Run:   python server.py echo:app
+# Try:   curl --data-binary @README.md localhost:8000
+#        curl -H 'Expect: 100-continue' -d hello -v localhost:8000   (see who says 100)
+# Look:  server.py, chapter 6, receive
+
+
+async def app(scope, receive, send):
+    if scope["type"] != "http":
+        raise NotImplementedError(scope["type"])
+    await send({"type": "http.response.start", "status": 200, "headers": []})
+    more_body = True
+    while more_body:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            return  # half an upload: nobody waits for the other half of the answer
+        more_body = message["more_body"]
+        part = {"body": message["body"], "more_body": more_body}
+        await send({"type": "http.response.body", **part})
