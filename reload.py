@@ -56,7 +56,7 @@ class Watcher:
         self.pending |= now
         if now or not self.pending:
             return ""
-        names = sorted(os.path.relpath(path) for path in self.pending)
+        names = sorted(map(shown, self.pending))
         self.pending = set()
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
         return f"changed: {', '.join(names[:3])}{more}"
@@ -79,7 +79,7 @@ class Watcher:
     def walk(self, top: str) -> Iterator[os.DirEntry]:
         """The watched files below a folder. Links to folders are not followed: they may
         lead in circles."""
-        folders = [top]
+        folders, base = [top], len(os.path.join(top, ""))
         while folders:
             try:
                 with os.scandir(folders.pop()) as listing:
@@ -89,7 +89,7 @@ class Watcher:
             if any(entry.name == "pyvenv.cfg" for entry in entries):
                 continue
             for entry in entries:
-                names = (entry.name, entry.path[len(top) + 1 :])
+                names = (entry.name, entry.path[base:])
                 if matches(names, self.exclude):
                     continue
                 if entry.is_dir(follow_symlinks=False):
@@ -102,3 +102,11 @@ class Watcher:
 def matches(names: Sequence[str], patterns: Sequence[str]) -> bool:
     """Does a name, or a path below the watched folder, match one of the patterns?"""
     return any(fnmatch.fnmatch(name, p) for name in names for p in patterns)
+
+
+def shown(path: str) -> str:
+    """A path as short as it can be: there is no relative one between two drives."""
+    try:
+        return os.path.relpath(path)
+    except (ValueError, OSError):
+        return path
