@@ -25,7 +25,9 @@ import enum
 import logging
 import multiprocessing
 import multiprocessing.connection
+import multiprocessing.resource_tracker
 import os
+import select
 import signal
 import threading
 import time
@@ -53,8 +55,14 @@ class Lifeline:
 
     def say(self, word: str) -> None:
         """Tell the supervisor "ready", "alive" or "retire"; from the event loop itself,
-        because a thread that answers for a blocked loop would hide it."""
+        because a thread that answers for a blocked loop would hide it. Never waits: a
+        supervisor that was stopped with Ctrl-Z reads nothing."""
         try:
+            if hasattr(select, "poll"):
+                poll = select.poll()
+                poll.register(self.pipe, select.POLLOUT)
+                if not poll.poll(0):
+                    return
             self.pipe.send(word)
         except OSError:
             pass  # because it closed the pipe: it wants us to stop, and `watch` knows
@@ -102,6 +110,8 @@ class Worker:
         # on it: a worker is born with SIGINT blocked, until it ignores it.
         blocked = hasattr(signal, "pthread_sigmask")
         if blocked:
+            # The first start also starts this helper, which then unblocks SIGINT.
+            multiprocessing.resource_tracker.ensure_running()
             signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
             self.process.start()
@@ -175,14 +185,17 @@ class Supervisor:
         """Supervise until a signal or a failed start; return the exit code."""
         names = ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK")
         numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
+        if threading.current_thread() is not threading.main_thread():
+            numbers = []  # Python delivers signals to the main thread alone
         # A handler notes the number, no more (gunicorn #2564); the loop acts on it.
         note = lambda number, frame: self.signals.append(number)  # noqa: E731
         previous = {number: signal.signal(number, note) for number in numbers}
         try:
             while self.exit_code is None or self.workers:
-                self.act_on_signals()
                 self.replace_and_spawn()
                 self.listen()
+                self.act_on_signals()  # before a death: it may have the same cause
+                self.reap_the_dead()
                 self.look_after()
         finally:
             for worker in self.workers:
@@ -196,7 +209,8 @@ class Supervisor:
             number = self.signals.pop(0)
             name = signal.Signals(number).name
             if name == "SIGHUP" and self.on_terminal == os.isatty(2):
-                self.restart(name)  # and not because the terminal was closed
+                if self.exit_code is None:
+                    self.restart(name)  # and not because the terminal was closed
             elif self.exit_code is None:
                 logger.info("%s: stopping", name)
                 self.stop(0)
@@ -210,7 +224,7 @@ class Supervisor:
         self.exit_code = exit_code
         self.on_stop()
         for worker in self.workers:
-            worker.stop(self.grace)
+            worker.stop(0 if worker.state is State.STARTING else self.grace)
 
     def restart(self, reason: str) -> None:
         """Replace all workers, one by one; those that are starting know old code."""
@@ -240,7 +254,12 @@ class Supervisor:
         if self.waiting_for_change or time.monotonic() < self.not_before:
             return
         for _ in range(min(missing, at_once - len(starting))):
-            self.workers.append(Worker(self.target, self.args))
+            try:
+                self.workers.append(Worker(self.target, self.args))
+            except OSError as exc:  # no descriptor, no process, no memory
+                self.deaths += 1
+                self.try_again(f"cannot start a worker: {exc}")
+                return
 
     def those(self, state: State) -> list[Worker]:
         return [worker for worker in self.workers if worker.state is state]
@@ -252,6 +271,8 @@ class Supervisor:
         for source in multiprocessing.connection.wait([*pipes, *sentinels], TICK):
             if source in pipes:
                 self.hear(pipes[source])
+
+    def reap_the_dead(self) -> None:
         for worker in list(self.workers):
             if not worker.process.is_alive():
                 self.reap(worker)
@@ -350,5 +371,6 @@ def describe_exit(code: int | None) -> str:
     """An exit code in words: multiprocessing gives a signal as a negative number,
     Windows a status as a large one."""
     if code is not None and code < 0:
-        return f"was ended by {signal.Signals(-code).name}"
+        names = {number.value: number.name for number in signal.Signals}
+        return f"was ended by {names.get(-code, f'signal {-code}')}"
     return f"exited with code {code if code is None or code < 2**16 else hex(code)}"
