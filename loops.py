@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import asyncio
 import importlib
+import socket
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -71,10 +72,12 @@ def choose(name: str, *, platform: str, shared: bool) -> LoopChoice:
 
 def load(factory: str) -> Callable[[], asyncio.AbstractEventLoop]:
     """Import MODULE:FACTORY; both this and the factory raise ValueError, one line."""
+    if factory == PROACTOR and hasattr(asyncio, "IocpProactor"):
+        return patient_proactor
     module_name, _, attribute = factory.partition(":")
     try:
         found = getattr(importlib.import_module(module_name), attribute)
-    except (ImportError, AttributeError, ValueError) as exc:
+    except Exception as exc:  # foreign code
         raise ValueError(f'--loop "{factory}" cannot be imported: {exc}') from None
 
     def make() -> asyncio.AbstractEventLoop:
@@ -87,3 +90,26 @@ def load(factory: str) -> Callable[[], asyncio.AbstractEventLoop]:
         return loop
 
     return make
+
+
+# Windows' words for "the client has reset it" while it waited in the backlog.
+RESET_IN_BACKLOG = (64, 1236, 10054, 10057)
+
+
+def patient_proactor() -> asyncio.AbstractEventLoop:
+    """asyncio's proactor closes its listener for good once a client resets a connection
+    that was not yet accepted (cpython #93821). This one accepts the next."""
+
+    class Proactor(asyncio.IocpProactor):
+        def accept(self, listener: socket.socket) -> asyncio.Future:
+            return asyncio.ensure_future(self.accept_living(listener))
+
+        async def accept_living(self, listener: socket.socket) -> tuple:
+            while True:
+                try:
+                    return await super().accept(listener)
+                except OSError as exc:
+                    if exc.winerror not in RESET_IN_BACKLOG or listener.fileno() == -1:
+                        raise
+
+    return asyncio.ProactorEventLoop(Proactor())
