@@ -20,12 +20,17 @@ Contents, outermost first. Read down until you have what you came for.
     4  Lifespan          Lifespan
     5  Connection        HTTPConnection, fill_scope, forwarded, Gate
     6  Request           RequestResponseCycle
+    7  WebSocket         WebSocketState, check_handshake, WebSocketSession
+    8  Frames            encode_frame, FrameDecoder, Deflate
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import base64
+import codecs
+import collections
 import contextlib
 import contextvars
 import dataclasses
@@ -33,6 +38,7 @@ import difflib
 import email.utils
 import enum
 import functools
+import hashlib
 import http
 import importlib
 import inspect
@@ -46,12 +52,15 @@ import platform
 import re
 import signal
 import socket
+import ssl
+import stat
 import struct
 import sys
 import threading
 import traceback
-from collections.abc import Awaitable, Callable, Iterator, MutableMapping
-from typing import Any, NoReturn
+import zlib
+from collections.abc import Awaitable, Callable, Iterable, Iterator, MutableMapping
+from typing import Any, BinaryIO, NoReturn
 from urllib.parse import unquote
 
 try:
@@ -215,6 +224,14 @@ class Config:
     timeout_request_head: float = option(10.0, "wait for a whole head", minimum=0)
     timeout_request_body: float = option(60.0, "wait for more of a body", minimum=0)
     timeout_graceful_shutdown: float = option(10.0, "wait on stop", minimum=0)
+    ssl_certfile: str | None = option(None, "certificate chain: speak TLS", "FILE")
+    ssl_keyfile: str | None = option(None, "its key, if not in that file", "FILE")
+    ssl_keyfile_password: str | None = option(None, "of the key", "TEXT")
+    ws_max_size: int = option(2**24, "bytes of a WebSocket message", minimum=1)
+    ws_ping_interval: float = option(20.0, "wait for a ping, 0 for none", minimum=0)
+    ws_ping_timeout: float = option(20.0, "wait for its pong, 0 for ever", minimum=0)
+    ws_deflate: bool = option(True, "no permessage-deflate")
+
     timeout_worker_healthcheck: float | None = option(
         None, "replace a worker whose event loop is silent for so long", minimum=1
     )
@@ -230,6 +247,8 @@ class Config:
             if choices and value not in choices:
                 names = ", ".join(choices)
                 raise ValueError(f"{flag_of(field)} must be {names}, not {value!r}")
+        if self.ssl_keyfile and not self.ssl_certfile:
+            raise ValueError("--ssl-keyfile needs --ssl-certfile")
         if self.port > 65535:
             raise ValueError(f"--port must be at most 65535, not {self.port}")
         (
@@ -237,6 +256,10 @@ class Config:
             self.extra_headers(),
             self.trusted_proxies(),
         )  # to refuse now
+
+    @property
+    def scheme(self) -> str:
+        return "https" if self.ssl_certfile else "http"
 
     @property
     def shared(self) -> bool:
@@ -252,7 +275,9 @@ class Config:
         pairs = [text.split(":", 1) for text in self.header or ()]
         if any(len(pair) != 2 for pair in pairs):
             raise ValueError(f"--header needs NAME:VALUE, not {self.header}")
-        fields = [(n.strip().encode(), v.strip().encode()) for n, v in pairs]
+        fields = [(n.strip().lower().encode(), v.strip().encode()) for n, v in pairs]
+        if {b"content-length", b"transfer-encoding"} & dict(fields).keys():
+            raise ValueError("--header cannot say how long a response is")
         try:
             h11.EndOfMessage(headers=fields)  # the grammar is h11's business
         except h11.LocalProtocolError as exc:
@@ -309,6 +334,7 @@ def check_surroundings(config: Config) -> None:
     if tuple(map(int, h11.__version__.split(".")[:2])) < (0, 16):
         # Older ones let two readers of one chunked body disagree (CVE-2025-43859).
         raise StartupError(f'h11 {h11.__version__} is too old; pip install "h11>=0.16"')
+    load_tls(config)
     if multiprocessing.current_process().name == workers.NAME:
         # A spawned worker imports the script that started us (uvicorn #949, #1045).
         raise StartupError('put server.run(…) below: if __name__ == "__main__":')
@@ -316,6 +342,39 @@ def check_surroundings(config: Config) -> None:
         raise StartupError(
             "workers import the app themselves: pass its MODULE:ATTRIBUTE"
         )
+
+
+def load_tls(config: Config) -> ssl.SSLContext | None:
+    """What --ssl-certfile asks for. Raises StartupError."""
+    if config.ssl_certfile is None:
+        return None
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.set_alpn_protocols(["http/1.1"])
+    context.sslobject_class = TLSObject
+    password = config.ssl_keyfile_password or ""  # "": never ask on the terminal
+    try:
+        context.load_cert_chain(config.ssl_certfile, config.ssl_keyfile, password)
+    except OSError as exc:  # ssl.SSLError is one
+        names = (
+            f"--ssl-certfile {config.ssl_certfile} --ssl-keyfile {config.ssl_keyfile}"
+        )
+        raise StartupError(f"{names}: {exc.strerror or exc}") from None
+    return context
+
+
+class TLSObject(ssl.SSLObject):
+    """asyncio keeps a failed handshake to itself; this tells why."""
+
+    def do_handshake(self) -> None:
+        try:
+            super().do_handshake()
+        except ssl.SSLWantReadError:
+            raise
+        except ssl.SSLError as exc:
+            plain = exc.reason in ("HTTP_REQUEST", "WRONG_VERSION_NUMBER")
+            hint = " (this looks like plain HTTP)" if plain else ""
+            logger.warning("TLS handshake failed: %s%s", exc.reason, hint)
+            raise
 
 
 def supervise(
@@ -349,7 +408,7 @@ def supervise(
 def announce(config: Config, listeners: list[socket.socket]) -> None:
     """Where to point a browser; said when it answers and not before."""
     for listener in listeners:
-        address = sockets.describe(listener, "http")
+        address = sockets.describe(listener, config.scheme)
         logger.info("listening on %s (Ctrl-C to stop)", address)
 
 
@@ -360,6 +419,8 @@ def serve_in_worker(
 ) -> None:
     """Be the child: the target of every worker process."""
     workers.ignore_group_signals()
+    for listener in listeners:
+        listener.set_inheritable(False)  # spawn had to make it so (PEP 446)
     configure_logging(config, worker=True)
     with contextlib.ExitStack() as cleanup:
         server = Server(config, listeners, workers.Lifeline(pipe))
@@ -372,12 +433,19 @@ def serve_here(server: Server, cleanup: contextlib.ExitStack) -> int:
     """Run a loop with this server in this process; return the exit code."""
     try:
         with stop_on_signals(server, cleanup), make_runner(server.config) as runner:
-            runner.run(server.serve())
+            code = 0
+            try:
+                runner.run(server.serve())
+            except StartupError as exc:
+                log_startup_error(exc)
+                code = 3
             cleanup.close()
-            overdue = leave_within(5.0, 0)  # closing a loop waits for the app's threads
+            # Closing a loop waits for the app's tasks and threads.
+            overdue = leave_within(5.0, code)
         overdue.cancel()
+        return code
     except StartupError as exc:
-        log_startup_error(exc)
+        logger.error("%s", exc)
         return 3
     except KeyboardInterrupt:
         logger.info("stopped before the app was loaded")
@@ -635,7 +703,7 @@ class Server:
         self.app: ASGIApp | None = None
         self.loop: asyncio.AbstractEventLoop | None = None
         self.lifespan: Lifespan | None = None
-        self.scheme = "http"
+        self.tls: ssl.SSLContext | None = None
         self.state: dict[str, Any] = {}  # filled by lifespan, copied for each request
         self.proxies = config.trusted_proxies() if config.proxy_headers else []
         self.log_access = config.access_log and access_logger.isEnabledFor(logging.INFO)
@@ -654,6 +722,7 @@ class Server:
 
         # Refreshed by the ticker.
         self.ticker: asyncio.TimerHandle | None = None
+        self.date = (b"date", b"")
         self.common_fields: list[tuple[bytes, bytes]] = []
         self.responses: dict[tuple, tuple[h11.Response, int | None]] = {}
 
@@ -664,6 +733,7 @@ class Server:
         self.context = contextvars.copy_context()
         if self.lifeline:
             self.lifeline.watch(self.stop_soon)
+        self.tls = load_tls(self.config)
         await self.start_app()
         try:
             if not self.stopping.is_set():
@@ -672,7 +742,7 @@ class Server:
                 await self.stopping.wait()
         finally:  # also when the task that serves is cancelled
             self.stopping.set()
-            self.stop_accepting()
+            await self.stop_accepting()
             await self.finish_requests()
             await self.lifespan.shutdown()
             self.log("stopped")
@@ -682,6 +752,8 @@ class Server:
         --reload: there every request gets the traceback, until the next change."""
         try:
             self.app = load_app(self.config)
+            if self.stop_signal:  # and the app's import has swallowed it
+                raise KeyboardInterrupt
             self.lifespan = Lifespan(self, self.config.lifespan)
             await self.lifespan.startup()
         except StartupError as exc:
@@ -710,7 +782,10 @@ class Server:
             # in one turn of the loop. One: busy workers leave the rest to idle ones,
             # and out of descriptors is reported once. Then the real backlog again.
             acceptor = await self.loop.create_server(
-                lambda: HTTPConnection(self), sock=listener, backlog=1
+                lambda: HTTPConnection(self),
+                sock=listener,
+                backlog=1,
+                **self.tls_options(),
             )
             listener.listen(self.config.backlog)
             self.acceptors.append(acceptor)
@@ -719,7 +794,25 @@ class Server:
         else:
             announce(self.config, self.listeners)
 
-    def stop_accepting(self) -> None:
+    def tls_options(self) -> dict[str, Any]:
+        if self.tls is None:
+            return {}
+        deadline = self.config.timeout_request_head or None
+        # The last is for the client's close_notify, which nobody needs to wait for.
+        return {
+            "ssl": self.tls,
+            "ssl_handshake_timeout": deadline,
+            "ssl_shutdown_timeout": 0.5,
+        }
+
+    async def stop_accepting(self) -> None:
+        # First no new ones; then those accepted in this turn become our connections,
+        # because asyncio drops them if it finds its server closed; then close.
+        for listener in self.listeners:
+            with contextlib.suppress(NotImplementedError, RuntimeError):  # a proactor
+                self.loop.remove_reader(listener)
+        for _ in range(3):
+            await asyncio.sleep(0)
         for acceptor in self.acceptors:
             acceptor.close()  # and not wait_closed: see all_ended (cpython #104344)
 
@@ -760,9 +853,12 @@ class Server:
         if self.lifeline:
             self.lifeline.say("alive")
         date = (b"date", email.utils.formatdate(usegmt=True).encode())
-        if date not in self.common_fields:
+        if date != self.date:
+            self.date = date
             server = [(b"server", b"foal")] if self.config.server_header else []
-            self.common_fields = [date, *server, *self.config.extra_headers()]
+            extra = self.config.extra_headers()
+            ours = [field for field in (date, *server) if field[0] not in dict(extra)]
+            self.common_fields = [*ours, *extra]
             self.responses.clear()
         now = self.loop.time()
         for connection in [c for c in self.connections if c.deadline <= now]:
@@ -778,9 +874,7 @@ class Server:
         key = (status, tuple(map(tuple, fields)))
         found = self.responses.get(key)
         if found is None:
-            for name, value in key[1]:
-                if type(name) is not bytes or type(value) is not bytes:
-                    raise TypeError(f"header ({name!r}, {value!r}) must be two bytes")
+            bytes_only(key[1])
             found = self.make_response(status, key[1])
             if len(self.responses) < RESPONSE_CACHE:
                 self.responses[key] = found
@@ -795,11 +889,15 @@ class Server:
             {b"content-length"} if status == 204 else set()
         )
         kept = [(n, v.strip(b" \t")) for n, v in fields if n.lower() not in dropped]
-        names = {name.lower() for name, _ in kept}
-        kept += [field for field in self.common_fields if field[0] not in names]
+        kept = self.with_common(kept)
         event = h11.Response(status_code=status, headers=kept, reason=phrase(status))
         length = dict(event.headers).get(b"content-length")
         return event, None if length is None else int(length)
+
+    def with_common(self, fields: list) -> list:
+        """The app's fields, and those of ours that it did not set itself."""
+        names = {name.lower() for name, _ in fields}
+        return fields + [f for f in self.common_fields if f[0] not in names]
 
 
 def loop_error(loop: asyncio.AbstractEventLoop, context: dict) -> None:
@@ -808,6 +906,8 @@ def loop_error(loop: asyncio.AbstractEventLoop, context: dict) -> None:
     if "socket" in context and "accept" in context["message"]:
         # asyncio tries again after a second; existing connections go on.
         logger.error("cannot accept connections: %s; raise ulimit -n?", error)
+    elif getattr(error, "winerror", None) in loops.RESET_IN_BACKLOG:
+        logger.debug("a client left before it was accepted: %s", error)
     elif isinstance(error, Exception):
         logger.error("%s: %s", context["message"], app_traceback(error))
     else:
@@ -928,7 +1028,12 @@ HIGH_WATER = 64 * 1024  # unread body that we hold before we stop reading; async
 STREAM_FLUSH = 64 * 1024  # joined chunks are written from here on at once
 LINGER = 5.0  # seconds without a byte, after the last answer, until we stop reading
 LINGER_TOTAL = 30.0  # seconds until we stop in any case; both are nginx's
+FIRST_REQUEST = 1.0  # seconds for a new connection, once the server stops
 SEND_TIMEOUT = 60.0  # seconds without a byte taken by the client, as nginx's
+REFUSAL_FIELDS = {
+    426: [(b"upgrade", b"websocket"), (b"sec-websocket-version", b"13")],
+    503: [(b"retry-after", b"1")],
+}
 READABLE = (h11.IDLE, h11.SEND_BODY)  # the client's states in which bytes go to h11
 
 
@@ -973,9 +1078,9 @@ class HTTPConnection(asyncio.Protocol):
         server.connections.add(self)
         own = transport.get_extra_info("sockname")
         peer = transport.get_extra_info("peername")
-        tcp = isinstance(peer, tuple)  # a Unix socket's client has no address
-        client = tuple(peer[:2]) if tcp else None
-        self.peer = "%s:%d" % client if tcp else "unix"
+        tcp = isinstance(own, tuple)
+        client = tuple(peer[:2]) if tcp and peer else None  # a Unix socket's has none
+        self.peer = "%s:%d" % client if client else "unix"
         if tcp:
             # Else small answers wait 40 ms for an ACK. asyncio sets it only where the
             # listener's proto says TCP, and never on Windows (uvicorn #3149).
@@ -987,11 +1092,14 @@ class HTTPConnection(asyncio.Protocol):
             "asgi": {"version": "3.0", "spec_version": "2.5"},
             "server": tuple(own[:2]) if tcp and own else (os.fsdecode(own or ""), None),
             "client": client,
-            "scheme": server.scheme,
+            "scheme": config.scheme,
             "root_path": config.root_path,
         }
+        self.extensions = extensions_of(transport, self.loop)
         self.behind_proxy = bool(server.proxies)
-        if self.behind_proxy and tcp:  # who reaches our Unix socket is on this machine
+        if (
+            self.behind_proxy and client
+        ):  # who reaches our Unix socket is on this machine
             self.behind_proxy = is_trusted(client[0], server.proxies)
         self.set_deadline()
 
@@ -1005,8 +1113,15 @@ class HTTPConnection(asyncio.Protocol):
         gate.buffer = gate.buffer + data if gate.buffer else data
         if self.conn.their_state in READABLE:
             self.read()
-        elif len(gate.buffer) > HIGH_WATER:  # pipelined requests, while one is answered
+        self.limit_reading()
+
+    def limit_reading(self) -> None:
+        """Stop while more waits than we want to hold: body, or pipelined requests."""
+        held = len(self.gate.buffer) + (self.cycle.body_size if self.cycle else 0)
+        if held > HIGH_WATER and not self.lingering:
             self.transport.pause_reading()
+        else:
+            self.transport.resume_reading()
 
     def read(self) -> None:
         """Pass on what the gate lets through, until the request is complete or bytes
@@ -1050,10 +1165,16 @@ class HTTPConnection(asyncio.Protocol):
         fill_scope(scope, request)
         if len(server.tasks) >= (server.config.limit_concurrency or math.inf):
             raise h11.RemoteProtocolError("too many requests at once", 503)
+        scope["extensions"] = self.extensions_for(scope)
         if self.behind_proxy:
             scope.update(forwarded(scope, server.proxies))
         scope["state"] = server.state.copy()
-        self.cycle = cycle = RequestResponseCycle(self, request, scope)
+        kind = RequestResponseCycle
+        if any(name == b"upgrade" for name, _ in scope["headers"]):
+            if wants_websocket(scope):
+                check_handshake(scope)
+                kind = WebSocketSession
+        self.cycle = cycle = kind(self, request, scope)
         # Not loop.create_task: its extra layer costs 3 %. A fresh context, because we
         # may be here from the send of the request before, with that one's variables.
         cycle.task = asyncio.Task(
@@ -1066,6 +1187,16 @@ class HTTPConnection(asyncio.Protocol):
         elif server.requests_left == 0:
             server.stop("--limit-max-requests is reached")
 
+    def extensions_for(self, scope: Scope) -> dict[str, dict]:
+        """Each extension where it works: an HTTP/1.0 client understands neither an
+        interim response nor trailers, and trailers have to be asked for."""
+        found = self.extensions.copy()
+        if scope["http_version"] == "1.1":
+            found["http.response.early_hint"] = {}
+            if "trailers" in (t.lower() for t in tokens(scope["headers"], b"te")):
+                found["http.response.trailers"] = {}
+        return found
+
     def eof_received(self) -> bool:
         """The client said all it will say. It may still be listening: answer it."""
         self.gate.eof = True
@@ -1074,7 +1205,7 @@ class HTTPConnection(asyncio.Protocol):
         self.read()
         if self.cycle is not None:
             self.cycle.changed()
-        return True  # keep the transport open
+        return self.transport.can_write_eof()  # keep it open, unless it is TLS
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.lingering = True
@@ -1119,6 +1250,7 @@ class HTTPConnection(asyncio.Protocol):
         self.set_deadline()
         if self.cycle is None and not self.lingering:
             self.read()
+            self.limit_reading()
 
     # Between requests.
 
@@ -1134,9 +1266,9 @@ class HTTPConnection(asyncio.Protocol):
         self.request = None
         self.gate.head = b""
         self.set_deadline()
-        self.transport.resume_reading()
         if self.gate.buffer or self.gate.eof:
             self.read()
+        self.limit_reading()
 
     # Deadlines: one at a time, looked at by the server's ticker.
 
@@ -1191,7 +1323,7 @@ class HTTPConnection(asyncio.Protocol):
         if reason:
             seen = "" if cycle else excerpt(self.gate.head or self.gate.buffer)
             level = logging.INFO if self.gate.eof else logging.WARNING  # it just left
-            logger.log(level, "%s: %d, %s%s", self.peer, status, reason, seen)
+            logger.log(level, "%s: %d, %s%s", self.peer, status, reason[:200], seen)
         if cycle is not None:
             self.cycle = None
             cycle.client_left()
@@ -1204,10 +1336,9 @@ class HTTPConnection(asyncio.Protocol):
         fields = [
             (b"content-type", b"text/plain; charset=utf-8"),
             (b"content-length", b"%d" % len(text)),
-            (b"connection", b"close"),
+            (b"connection", b"close, upgrade" if status == 426 else b"close"),
         ]
-        if status == 503:
-            fields.append((b"retry-after", b"1"))
+        fields += REFUSAL_FIELDS.get(status, [])
         event, _ = self.server.response(status, fields)
         data = conn.send(event)
         if self.request is None or self.request.method != b"HEAD":
@@ -1219,6 +1350,7 @@ class HTTPConnection(asyncio.Protocol):
         """Tear down in stages, so that a reset does not overtake the answer: end our
         half, read on until the client ends its own (RFC 9112 §9.6)."""
         self.flush()
+        self.gate.buffer = b""
         self.lingering = True
         self.set_deadline()
         self.linger_end = self.loop.time() + LINGER_TOTAL
@@ -1245,7 +1377,11 @@ class HTTPConnection(asyncio.Protocol):
             self.close()
 
     def close_if_idle(self) -> None:
-        if self.cycle is None and self.conn.their_state is not h11.SEND_BODY:
+        """The server stops. A client that was accepted a moment ago may be sending its
+        first request: it has a second for it."""
+        if self.waiting is Waiting.HEAD:
+            self.deadline = min(self.deadline, self.loop.time() + FIRST_REQUEST)
+        elif self.cycle is None:
             self.close()
 
     def hang_up(self) -> None:
@@ -1253,6 +1389,27 @@ class HTTPConnection(asyncio.Protocol):
         if self.cycle is not None:
             self.cycle.hung_up = True
             self.cycle.changed()
+
+
+def extensions_of(
+    transport: asyncio.Transport, loop: asyncio.AbstractEventLoop
+) -> dict[str, dict]:
+    """What works on this connection (ASGI, "Extensions")."""
+    found: dict[str, dict] = {}
+    if isinstance(loop, asyncio.BaseEventLoop):  # others may have no sendfile
+        found["http.response.pathsend"] = {}
+    tls = transport.get_extra_info("ssl_object")
+    if tls is not None:
+        suites = {c["name"]: c["id"] & 0xFFFF for c in tls.context.get_ciphers()}
+        found["tls"] = {
+            "server_cert": None,
+            "client_cert_chain": [],  # we do not ask for one
+            "client_cert_name": None,
+            "client_cert_error": None,
+            "tls_version": ssl.TLSVersion[tls.version().replace(".", "_")].value,
+            "cipher_suite": suites.get(tls.cipher()[0]),
+        }
+    return found
 
 
 def excerpt(data: bytes) -> str:
@@ -1431,9 +1588,11 @@ class Gate:
             self.empty_lines += 1
         end = self.buffer.find(b"\r\n\r\n") + 4
         if end < 4:
+            self.check_request_line(self.buffer)
             self.check_incomplete(self.buffer)
             return b""
         self.head = head = self.take(end)
+        self.check_request_line(head)
         self.check_size(head)
         self.check_lines(head)
         self.empty_lines = 0
@@ -1445,10 +1604,12 @@ class Gate:
         self.check_size(start)
         self.check_lines(start.removesuffix(b"\r"))
 
-    def check_size(self, lines: bytes) -> None:
+    def check_request_line(self, head: bytes) -> None:
         longest = TARGET_LIMIT + 64  # with a method and a version around the target
-        if len(lines) > longest and b"\n" not in lines[:longest]:
+        if len(head) > longest and b"\n" not in head[:longest]:
             raise h11.RemoteProtocolError("request line too long", 414)
+
+    def check_size(self, lines: bytes) -> None:
         if len(lines) > HEAD_LIMIT:
             raise h11.RemoteProtocolError("request head too large", 431)
 
@@ -1524,15 +1685,20 @@ class Gate:
 # body and end leave in one write, and an app that fails early can still be a 500.
 
 
+SENDFILE_PIECE = 256 * 1024  # bytes: a client has SEND_TIMEOUT for each
+
+
 class ResponseState(enum.Enum):
     """What the app has to send next (ASGI www, "Response Start", "Response Body")."""
 
     #                http.response.start        http.response.body, more_body=False
     #   EXPECTING_START ─────────► EXPECTING_BODY ─────────────────► COMPLETE
-    #                              ▲            │ more_body=True
-    #                              └────────────┘
+    #                              ▲            │ more_body=True         ▲
+    #                              └────────────┘                        │
+    #            trailers=True:    EXPECTING_BODY ──► EXPECTING_TRAILERS ┘
     EXPECTING_START = enum.auto()
     EXPECTING_BODY = enum.auto()
+    EXPECTING_TRAILERS = enum.auto()
     COMPLETE = enum.auto()
 
 
@@ -1571,6 +1737,10 @@ class RequestResponseCycle:
         self.response: h11.Response | None = None  # held back until the first body
         self.length: int | None = None  # the Content-Length that the app promised
         self.no_content = request.method == b"HEAD"
+        self.owes_continue = False  # although h11 believes that it was said
+        self.may_send_early_hint = "http.response.early_hint" in scope["extensions"]
+        self.may_send_trailers = "http.response.trailers" in scope["extensions"]
+        self.trailers: list | None = None  # those to come, if the app promised any
         self.sent = 0  # bytes of content
 
     async def run(self) -> None:
@@ -1603,10 +1773,13 @@ class RequestResponseCycle:
         what = f"{self.request.method.decode()} {self.request.target.decode()}"
         if isinstance(exc, asyncio.CancelledError):
             logger.warning("%s: cancelled", what)
-        elif self.gone or self.hung_up:
+        elif self.told_to_end():
             logger.info("%s: the client had left, the app ended with %r", what, exc)
         else:
             logger.error("%s: the app failed:\n%s", what, app_traceback(exc))
+
+    def told_to_end(self) -> bool:
+        return self.gone or self.hung_up
 
     # Receiving.
 
@@ -1643,13 +1816,16 @@ class RequestResponseCycle:
             self.change = self.change or asyncio.Event()
             self.change.clear()
             await self.change.wait()
-        self.hung_up = True
+        if self.state is not ResponseState.COMPLETE:
+            self.hung_up = True
         return {"type": "http.disconnect"}
 
     def maybe_send_continue(self) -> None:
         """The app wants the body: now is the time to ask for it (RFC 9110 §10.1.1)."""
         connection, conn = self.connection, self.connection.conn
-        if conn.they_are_waiting_for_100_continue and connection.cycle is self:
+        waits = conn.they_are_waiting_for_100_continue or self.owes_continue
+        if waits and connection.cycle is self and conn.our_state is h11.SEND_RESPONSE:
+            self.owes_continue = False
             go_on = h11.InformationalResponse(
                 status_code=100, headers=[], reason=phrase(100)
             )
@@ -1659,10 +1835,10 @@ class RequestResponseCycle:
     def take_body(self) -> Message:
         body = b"".join(self.body)
         self.body.clear()
-        if self.body_size > HIGH_WATER:
-            self.connection.transport.resume_reading()
+        held_up, self.body_size = self.body_size > HIGH_WATER, 0
+        if held_up:
+            self.connection.limit_reading()
             self.connection.set_deadline()
-        self.body_size = 0
         more_body = self.body_state is BodyState.ARRIVING
         if not more_body:
             self.body_state = BodyState.TAKEN
@@ -1680,11 +1856,21 @@ class RequestResponseCycle:
             self.client_left()  # a write has failed, and the loop had no turn since
         if self.gone:
             raise ClientDisconnected("the client has left")
+        conn = self.connection.conn
         match self.state, message["type"]:
             case ResponseState.EXPECTING_START, "http.response.start":
                 self.start_response(message)
             case ResponseState.EXPECTING_BODY, "http.response.body":
                 self.send_body(message)
+            case ResponseState.EXPECTING_TRAILERS, "http.response.trailers":
+                self.send_trailers(message)
+            case ResponseState.EXPECTING_BODY, "http.response.pathsend":
+                await self.send_path(message["path"])
+            case (
+                ResponseState.EXPECTING_START | ResponseState.EXPECTING_BODY,
+                "http.response.early_hint",
+            ) if self.may_send_early_hint and conn.our_state is h11.SEND_RESPONSE:
+                self.send_early_hint(message)
             case state, kind:
                 raise RuntimeError(f"unexpected message {kind!r} in {state.name}")
 
@@ -1692,6 +1878,9 @@ class RequestResponseCycle:
         server = self.connection.server
         self.response, self.length = server.response(
             message["status"], message.get("headers", ())
+        )
+        self.trailers = (
+            [] if message.get("trailers") and self.may_send_trailers else None
         )
         if message["status"] in (204, 304):  # never with content (RFC 9110 §6.4.1)
             self.no_content = True
@@ -1715,11 +1904,96 @@ class RequestResponseCycle:
             # The first chunk leaves at once, later ones may share a write.
             (connection.write if head else connection.write_soon)(data)
             return
-        connection.write(data + conn.send(END))
+        self.end_body(data)
+
+    def end_body(self, data: bytes) -> None:
+        if self.trailers is not None:
+            self.connection.write(data)
+            self.state = ResponseState.EXPECTING_TRAILERS
+        else:
+            self.complete(data + self.connection.conn.send(END))
+
+    def complete(self, data: bytes) -> None:
+        self.connection.write(data)
         self.state = ResponseState.COMPLETE
         self.log_access(self.response.status_code)
         self.changed()
-        connection.response_ended()
+        self.connection.response_ended()
+
+    def send_trailers(self, message: Message) -> None:
+        """ASGI extension "HTTP Trailers": fields behind a chunked body."""
+        fields = [*self.trailers, *bytes_only(message.get("headers", ()))]
+        more_trailers = message.get("more_trailers", False)
+        if type(more_trailers) is not bool:
+            raise TypeError(f"more_trailers must be a bool, not {more_trailers!r}")
+        if any(name.lower() in NO_TRAILERS for name, _ in fields):
+            raise ValueError("some fields cannot be trailers (RFC 9110 §6.5.1)")
+        end = END if self.no_content else h11.EndOfMessage(headers=fields)
+        self.trailers = fields
+        if not more_trailers:
+            self.complete(self.connection.conn.send(end))
+
+    def send_early_hint(self, message: Message) -> None:
+        """ASGI extension "Early Hints": 103 before the head that we hold back."""
+        conn = self.connection.conn
+        if conn.they_are_waiting_for_100_continue:
+            self.owes_continue = True  # h11 takes the 103 for the answer to Expect
+        hint = h11.InformationalResponse(
+            status_code=103,
+            headers=bytes_only((b"link", link) for link in message["links"]),
+            reason=phrase(103),
+        )
+        self.connection.write(conn.send(hint))
+
+    async def send_path(self, path: str) -> None:
+        """ASGI extension "Path Send": the file goes from the kernel's cache to the
+        socket. h11 frames it without seeing it (h11 docs, "Support for sendfile()")."""
+        connection, conn = self.connection, self.connection.conn
+        if type(path) is not str:  # open takes the number of a descriptor, too
+            raise TypeError(f"path must be a str, not {path!r}")
+        if conn.our_state is not h11.SEND_RESPONSE:
+            raise RuntimeError("pathsend cannot be mixed with http.response.body")
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise ValueError(f"{path} is not a regular file")
+        with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            data = self.head(size, more_body=False)
+            if size and not self.no_content:
+                before, after = split_at_file(conn, size)
+                connection.write(data + before)
+                for offset in range(0, size, SENDFILE_PIECE):
+                    piece = min(SENDFILE_PIECE, size - offset)
+                    await self.send_piece(file, offset, piece)
+                data, self.sent = after, size
+        self.end_body(data)
+
+    async def send_piece(self, file: BinaryIO, offset: int, size: int) -> None:
+        """Part of a file, to tell a client that stopped reading from a slow one: the
+        transport's own buffer, and its deadline, see none of it."""
+        transport, loop = self.connection.transport, self.connection.loop
+        try:
+            async with asyncio.timeout(SEND_TIMEOUT):
+                if transport.get_extra_info("ssl_object"):
+                    sent = await self.send_read(file, offset, size)
+                else:
+                    sent = await loop.sendfile(transport, file, offset, size)
+        except (OSError, RuntimeError) as exc:  # TimeoutError is an OSError
+            transport.abort()
+            self.client_left()
+            raise ClientDisconnected("the client has left") from exc
+        if sent != size:
+            raise RuntimeError("the file became shorter while it was sent")
+
+    async def send_read(self, file: BinaryIO, offset: int, size: int) -> int:
+        """The same over TLS, where a file has to pass through Python in any case."""
+        file.seek(offset)
+        data = file.read(size)
+        self.connection.write(data)
+        await asyncio.sleep(0)  # a turn of the loop, to notice a client that leaves
+        await self.connection.writable.wait()
+        if self.gone or self.connection.transport.is_closing():
+            raise ConnectionError
+        return len(data)
 
     def head(self, size: int, more_body: bool) -> bytes:
         """The bytes of the response head, now that the first `size` bytes follow it."""
@@ -1758,6 +2032,652 @@ class RequestResponseCycle:
 
 
 END = h11.EndOfMessage()  # one for all
+
+
+# What a recipient needs before the body cannot come behind it (RFC 9110 §6.5.1).
+NO_TRAILERS = (b"transfer-encoding", b"content-length", b"host", b"trailer", b"te") + (
+    (b"connection", b"set-cookie", b"authorization", b"content-type", b"cache-control")
+)
+
+
+def bytes_only(fields: Iterable) -> list[tuple[bytes, bytes]]:
+    """Header fields as ASGI has them. Raises TypeError; h11 would take str as well."""
+    found = [tuple(field) for field in fields]
+    for name, value in found:
+        if type(name) is not bytes or type(value) is not bytes:
+            raise TypeError(f"header ({name!r}, {value!r}) must be two bytes")
+    return found
+
+
+class FilePlaceholder:
+    """Stands for a file's content in an h11.Data: all h11 asks for is its length."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def __len__(self) -> int:
+        return self.size
+
+
+def split_at_file(conn: h11.Connection, size: int) -> tuple[bytes, bytes]:
+    """The bytes that h11 puts before and after a file of this size."""
+    pieces = conn.send_with_data_passthrough(h11.Data(data=FilePlaceholder(size)))
+    place = [type(piece) for piece in pieces].index(FilePlaceholder)
+    return b"".join(pieces[:place]), b"".join(pieces[place + 1 :])
+
+
+# ─────────────────────────────────────────────────────────────────── 7. WebSocket ──
+#
+# A request that asks for an upgrade starts like any other: h11 reads it, the app is
+# called, and until it accepts it may still answer as for HTTP. Once it
+# has accepted, the session takes the transport over from the connection.
+
+CLOSE_TIMEOUT = 10.0  # seconds for the client's half of the closing handshake
+NO_CODE, NO_CLOSE, TOO_BIG, APP_FAILED, RESTART = 1005, 1006, 1009, 1011, 1012
+GUID = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"  # RFC 6455 §1.3
+
+
+class WebSocketState(enum.Enum):
+    """Where the conversation is (RFC 6455 §4, §7)."""
+
+    #   CONNECTING ──accept──► OPEN ──our Close──► CLOSING ──their Close──► CLOSED
+    #       │                   └───────their Close, ours in reply────────────┘ │
+    #       └──close, or a response: it was an HTTP request, after all ─────────┘
+    CONNECTING = enum.auto()
+    OPEN = enum.auto()
+    CLOSING = enum.auto()
+    CLOSED = enum.auto()
+
+
+def tokens(fields: list[tuple[bytes, bytes]], name: bytes) -> list[str]:
+    """The members of a comma-separated field, over all its lines (RFC 9110 §5.6.1)."""
+    values = ",".join(v.decode("latin-1") for n, v in fields if n == name)
+    return [token.strip() for token in values.split(",") if token.strip()]
+
+
+def wants_websocket(scope: Scope) -> bool:
+    """Does the request ask for an upgrade that it may ask for (RFC 9110 §7.8)?"""
+    fields = scope["headers"]
+    upgrade = [token.lower() for token in tokens(fields, b"upgrade")]
+    connection = [token.lower() for token in tokens(fields, b"connection")]
+    return (
+        scope["http_version"] == "1.1"
+        and "websocket" in upgrade
+        and "upgrade" in connection
+    )
+
+
+def check_handshake(scope: Scope) -> None:
+    """The client's opening handshake (RFC 6455 §4.2.1), and what it makes of a scope.
+
+    Raises h11.RemoteProtocolError with the status to answer.
+    """
+    fields = scope["headers"]
+    if tokens(fields, b"sec-websocket-version") != ["13"]:
+        raise h11.RemoteProtocolError("WebSocket version must be 13", 426)
+    keys = [value for name, value in fields if name == b"sec-websocket-key"]
+    framing = {b"transfer-encoding", b"content-length"} & dict(fields).keys()
+    good_key = len(keys) == 1 and WEBSOCKET_KEY.fullmatch(keys[0])
+    if scope["method"] != "GET" or framing or not good_key:
+        raise h11.RemoteProtocolError("malformed WebSocket handshake", 400)
+    del scope["method"]
+    scope["type"] = "websocket"
+    scope["scheme"] = {"http": "ws", "https": "wss"}[scope["scheme"]]
+    scope["subprotocols"] = tokens(fields, b"sec-websocket-protocol")
+    kept = {name: v for name, v in scope["extensions"].items() if name == "tls"}
+    scope["extensions"] = {"websocket.http.response": {}, **kept}
+
+
+WEBSOCKET_KEY = re.compile(rb"[A-Za-z0-9+/]{22}==")  # 16 bytes in base64
+
+
+HANDSHAKE_FIELDS = (b"upgrade", b"connection", b"content-length", b"transfer-encoding")
+
+
+def size_of(message: Message) -> int:
+    """What an unread message counts for: an empty one takes memory, too."""
+    return 256 + len(message.get("text") or message.get("bytes") or ())
+
+
+class WebSocketSession(RequestResponseCycle, asyncio.Protocol):
+    """One WebSocket: a request until the app accepts, from then on a protocol."""
+
+    def __init__(
+        self, connection: HTTPConnection, request: h11.Request, scope: Scope
+    ) -> None:
+        super().__init__(connection, request, scope)
+        self.fields = scope["headers"]
+        self.subprotocols = scope["subprotocols"]
+        self.config = connection.server.config
+        self.transport = connection.transport
+        self.writable = connection.writable
+        self.phase = WebSocketState.CONNECTING
+        self.close_code = 1000  # for an app that returns without a word
+
+        # What receive has not yet returned; its size is bounded by not reading on.
+        self.messages: collections.deque[Message] = collections.deque()
+        self.messages.append({"type": "websocket.connect"})
+        self.messages_size = 0
+        self.disconnect: Message = {"type": "websocket.disconnect", "code": NO_CLOSE}
+
+        self.deflate: Deflate | None = None
+        self.decoder: FrameDecoder | None = None
+        self.deadline = math.inf  # of the next ping, its pong, or the end of a close
+        self.pinged = False
+        self.unsent = math.inf  # bytes, at the last look
+
+    async def run(self) -> None:
+        await super().run()
+        if self.phase is WebSocketState.OPEN:
+            self.start_close(self.close_code)
+
+    def explain(self, exc: BaseException) -> None:
+        self.close_code = APP_FAILED
+        super().explain(exc)
+
+    def told_to_end(self) -> bool:
+        return self.gone  # and not when the app has closed it itself
+
+    # The app's side.
+
+    async def receive(self) -> Message:
+        """websocket.connect, every message, and websocket.disconnect from then on."""
+        while not (
+            self.messages or self.hung_up or self.phase is WebSocketState.CLOSED
+        ):
+            if self.phase is WebSocketState.CONNECTING and self.connection.gate.eof:
+                self.hung_up = True
+                break
+            self.change = self.change or asyncio.Event()
+            self.change.clear()
+            await self.change.wait()
+        if not self.messages:
+            return dict(self.disconnect)
+        message = self.messages.popleft()
+        before = self.messages_size
+        self.messages_size -= size_of(message)
+        if before > HIGH_WATER >= self.messages_size and self.decoder is not None:
+            self.transport.resume_reading()
+            self.data_received(b"")  # what was left when we stopped
+        return message
+
+    async def send(self, message: Message) -> None:
+        """Take one message of the app; raises as RequestResponseCycle.send does."""
+        if not self.writable.is_set():
+            await self.writable.wait()
+        if self.transport.is_closing():
+            self.client_left()  # a write has failed, and the loop had no turn since
+        unsaid = self.state is ResponseState.EXPECTING_START
+        match self.phase, message["type"]:
+            case WebSocketState.CONNECTING, _ if self.gone:
+                raise ClientDisconnected("the client has left")
+            case WebSocketState.CONNECTING, "websocket.accept" if unsaid:
+                self.accept(message)
+            case WebSocketState.CONNECTING, "websocket.close" if unsaid:
+                await self.deny({"type": "http.response.start", "status": 403})
+                await self.deny({"type": "http.response.body"})
+            case WebSocketState.CONNECTING, (
+                "websocket.http.response.start" | "websocket.http.response.body" as kind
+            ):
+                await self.deny({**message, "type": kind.removeprefix("websocket.")})
+            case WebSocketState.OPEN, "websocket.send" if not self.gone:
+                self.send_message(message)
+            case WebSocketState.OPEN, "websocket.close" if not self.gone:
+                reason = message.get("reason") or ""
+                self.start_close(message.get("code", 1000), reason)
+            case _ if self.hung_up and self.state is ResponseState.COMPLETE:
+                raise ClientDisconnected("the client has left")
+            case phase, kind:
+                raise RuntimeError(f"unexpected message {kind!r} in {phase.name}")
+
+    async def deny(self, message: Message) -> None:
+        """Answer as for HTTP (ASGI www, "Websocket Denial Response")."""
+        await super().send(message)
+        if self.state is ResponseState.COMPLETE:
+            self.phase = WebSocketState.CLOSED
+
+    def accept(self, message: Message) -> None:
+        """Finish the opening handshake (RFC 6455 §4.2.2), and take the transport."""
+        connection, server = self.connection, self.connection.server
+        subprotocol = message.get("subprotocol")
+        extra = bytes_only(message.get("headers", ()))
+        if subprotocol is not None and subprotocol not in self.subprotocols:
+            raise ValueError(f"subprotocol {subprotocol!r} was not offered")
+        if any(name.lower().startswith(b"sec-websocket-") for name, _ in extra):
+            raise ValueError("the server sets Sec-WebSocket fields; use subprotocol")
+        extra = [field for field in extra if field[0].lower() not in HANDSHAKE_FIELDS]
+        key = dict(self.fields)[b"sec-websocket-key"]
+        proof = base64.b64encode(hashlib.sha1(key + GUID).digest())
+        fields = [
+            (b"upgrade", b"websocket"),
+            (b"connection", b"Upgrade"),
+            (b"sec-websocket-accept", proof),
+        ]
+        if subprotocol is not None:
+            fields.append((b"sec-websocket-protocol", subprotocol.encode("ascii")))
+        if self.config.ws_deflate:
+            self.deflate = Deflate.negotiate(tokens_of_offers(self.fields))
+        if self.deflate is not None:
+            fields.append((b"sec-websocket-extensions", self.deflate.answer))
+        switch = h11.InformationalResponse(
+            status_code=101,
+            headers=[*fields, *server.with_common(extra)],
+            reason=phrase(101),
+        )
+        connection.write(connection.conn.send(switch))
+        self.phase = WebSocketState.OPEN
+        self.state = ResponseState.COMPLETE
+        self.log_access(101)
+        self.take_over()
+        if server.stopping.is_set():
+            self.close_if_idle()
+
+    def take_over(self) -> None:
+        connection, server = self.connection, self.connection.server
+        self.decoder = FrameDecoder(self.config.ws_max_size, self.deflate)
+        server.connections.discard(connection)
+        server.connections.add(self)
+        self.transport.set_protocol(self)
+        self.transport.resume_reading()
+        self.expect_something()
+        eager, connection.gate.buffer = connection.gate.buffer, b""
+        self.data_received(eager)
+        if connection.gate.eof:
+            self.eof_received()
+
+    def send_message(self, message: Message) -> None:
+        text, data = message.get("text"), message.get("bytes")
+        if (text is None) == (data is None):
+            raise ValueError("websocket.send needs either text or bytes")
+        opcode = Opcode.TEXT if text is not None else Opcode.BINARY
+        payload = text.encode() if text is not None else bytes(memoryview(data))
+        deflated = self.deflate is not None and len(payload) >= SMALLEST_DEFLATED
+        if deflated:
+            payload = self.deflate.compress(payload)
+        self.sent += len(payload)
+        self.transport.write(encode_frame(opcode, payload, rsv1=deflated))
+
+    def start_close(self, code: int, reason: str = "") -> None:
+        """Say Close, and wait for the client to say it too (RFC 6455 §7.1.2)."""
+        if not is_close_code(code):
+            raise ValueError(f"{code} is not a close code to send (RFC 6455 §7.4)")
+        payload = code.to_bytes(2, "big") + reason.encode()
+        if len(payload) > 125:
+            raise ValueError("the reason of a close is at most 123 bytes")
+        self.transport.write(encode_frame(Opcode.CLOSE, payload))
+        self.phase = WebSocketState.CLOSING
+        self.transport.resume_reading()  # to see theirs; it may be here already
+        self.connection.loop.call_soon(self.data_received, b"")
+        self.deadline = self.connection.loop.time() + CLOSE_TIMEOUT
+
+    # The client's side: the transport's callbacks.
+
+    def data_received(self, data: bytes) -> None:
+        if self.phase is WebSocketState.CLOSED:
+            return
+        self.expect_something()
+        try:
+            for opcode, payload in self.decoder.decode(data):
+                self.frame_received(opcode, payload)
+                if self.phase is WebSocketState.CLOSED or self.is_full():
+                    return  # the decoder keeps the rest
+        except WebSocketError as exc:
+            code, reason = exc.args
+            logger.info(
+                "%s: WebSocket failed, %d: %s", self.connection.peer, code, reason
+            )
+            if self.phase is WebSocketState.OPEN:
+                self.start_close(code)
+            self.end(code, "")
+
+    def is_full(self) -> bool:
+        open_ = self.phase is WebSocketState.OPEN
+        return open_ and self.messages_size > HIGH_WATER
+
+    def frame_received(self, opcode: Opcode, payload: bytes | str) -> None:
+        match opcode:
+            case Opcode.TEXT | Opcode.BINARY if self.phase is WebSocketState.OPEN:
+                key = "text" if opcode is Opcode.TEXT else "bytes"
+                self.messages.append({"type": "websocket.receive", key: payload})
+                self.messages_size += size_of(self.messages[-1])
+                if self.messages_size > HIGH_WATER:
+                    self.transport.pause_reading()
+                    self.expect_something()
+                self.changed()
+            case Opcode.PING if self.writable.is_set():  # else it reads no pong anyway
+                self.transport.write(encode_frame(Opcode.PONG, payload))
+            case Opcode.CLOSE:
+                code, reason = parse_close(payload)
+                if self.phase is WebSocketState.OPEN:  # the reply repeats the code
+                    self.transport.write(encode_frame(Opcode.CLOSE, payload[:2]))
+                self.end(code, reason)
+
+    def end(self, code: int, reason: str) -> None:
+        """Both have said Close, or must not go on: the server ends the connection first
+        (RFC 6455 §7.1.1), in stages as for HTTP."""
+        ours_first = self.phase is WebSocketState.CLOSING
+        self.phase = WebSocketState.CLOSED
+        self.disconnect.update(code=code, reason=reason)
+        self.connection.close()
+        self.deadline = self.connection.deadline
+        if ours_first:
+            self.hang_up()
+        else:
+            self.client_left()
+
+    def eof_received(self) -> bool:
+        self.connection.gate.eof = True
+        if self.phase is not WebSocketState.CLOSED:
+            self.end(NO_CLOSE, "")
+        return False
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.phase = WebSocketState.CLOSED
+        self.deadline = math.inf
+        self.client_left()
+        self.writable.set()
+        self.connection.server.connections.discard(self)
+        self.connection.server.something_ended.set()
+
+    def pause_writing(self) -> None:
+        self.writable.clear()
+        self.deadline = self.connection.loop.time() + SEND_TIMEOUT
+        self.unsent = math.inf
+
+    def resume_writing(self) -> None:
+        self.writable.set()
+        self.expect_something()
+
+    # What the server asks of everything in `connections`.
+
+    def expect_something(self) -> None:
+        """The next ping is due so long after the last byte from the client."""
+        if self.phase is WebSocketState.OPEN:
+            interval = self.config.ws_ping_interval or math.inf
+            self.deadline = self.connection.loop.time() + interval
+            self.pinged = False
+
+    def deadline_passed(self) -> None:
+        now, unsent = (
+            self.connection.loop.time(),
+            self.transport.get_write_buffer_size(),
+        )
+        if 0 < unsent < self.unsent:  # it reads, slowly: our ping may not be there yet
+            self.deadline = now + SEND_TIMEOUT
+        elif unsent or self.pinged or self.phase is not WebSocketState.OPEN:
+            self.transport.abort()  # neither a pong, nor anything else
+        elif self.transport.is_reading():
+            self.pinged = True
+            self.deadline = now + (self.config.ws_ping_timeout or math.inf)
+            self.transport.write(encode_frame(Opcode.PING, b""))
+        else:
+            self.expect_something()  # it is our app that does not read
+        self.unsent = unsent or math.inf
+
+    def close_if_idle(self) -> None:
+        """The server stops: 1012, "Service Restart", tells the client to come back."""
+        if self.phase is WebSocketState.OPEN:
+            self.start_close(RESTART)
+            self.disconnect["code"] = RESTART
+            self.client_left()
+
+    def hang_up(self) -> None:
+        self.hung_up = True
+        self.changed()
+
+
+# ────────────────────────────────────────────────────────────────────── 8. Frames ──
+#
+# Bytes in, messages out, and the reverse: no asyncio, no ASGI. Everything that can be
+# refused is refused at the first byte that shows it.
+
+SMALLEST_DEFLATED = 64  # bytes; less does not get shorter
+WINDOW_BITS = 15  # of zlib, negative for data without its header
+
+
+class Opcode(enum.IntEnum):
+    """RFC 6455 §5.2."""
+
+    CONTINUATION = 0
+    TEXT = 1
+    BINARY = 2
+    CLOSE = 8
+    PING = 9
+    PONG = 10
+
+
+class WebSocketError(Exception):
+    """The client broke the protocol: (close code, reason for the log)."""
+
+
+def encode_frame(opcode: Opcode, payload: bytes, *, rsv1: bool = False) -> bytes:
+    """One whole message in one frame, unmasked, as a server has to (RFC 6455 §5.1)."""
+    first = 0x80 | (0x40 if rsv1 else 0) | opcode
+    size = len(payload)
+    if size < 126:
+        return bytes((first, size)) + payload
+    if size < 2**16:
+        return bytes((first, 126)) + size.to_bytes(2, "big") + payload
+    return bytes((first, 127)) + size.to_bytes(8, "big") + payload
+
+
+def apply_mask(mask: bytes, data: bytes) -> bytes:
+    """XOR with a repeated mask (RFC 6455 §5.3), as two large numbers: no loop over
+    bytes in Python, 16 MiB in some 50 ms."""
+    size = len(data)
+    key = (mask * (size // 4 + 1))[:size]
+    mixed = int.from_bytes(data, "little") ^ int.from_bytes(key, "little")
+    return mixed.to_bytes(size, "little")
+
+
+def is_close_code(code: int) -> bool:
+    """May it stand in a Close frame (RFC 6455 §7.4, and IANA's registry since)?"""
+    defined = (1000, 1001, 1002, 1003, *range(1007, 1015))
+    return isinstance(code, int) and (code in defined or 3000 <= code < 5000)
+
+
+def parse_close(payload: bytes) -> tuple[int, str]:
+    """The code and reason of a Close frame (RFC 6455 §5.5.1)."""
+    if not payload:
+        return NO_CODE, ""
+    code = int.from_bytes(payload[:2], "big")
+    if len(payload) == 1 or not is_close_code(code):
+        raise WebSocketError(1002, "bad close code")
+    try:
+        return code, payload[2:].decode()
+    except UnicodeDecodeError:
+        raise WebSocketError(1007, "the reason of a close is not UTF-8") from None
+
+
+class FrameDecoder:
+    """Bytes from a client, cut anywhere, to messages and control frames."""
+
+    def __init__(self, max_size: int, deflate: Deflate | None = None) -> None:
+        self.max_size = max_size
+        self.deflate = deflate
+        self.buffer = b""
+
+        # The frame whose payload arrives; None between two frames.
+        self.opcode: Opcode | None = None
+        self.final = True
+        self.mask = b""
+        self.left = 0
+
+        # The message that its frames make up; None between two messages.
+        self.message: Opcode | None = None
+        self.inflating = False
+        self.content = bytearray()
+        self.utf8 = codecs.getincrementaldecoder("utf-8")()
+
+    def decode(self, data: bytes) -> Iterator[tuple[Opcode, bytes | str]]:
+        """Yield what is complete, and may be left there: the rest is kept for the next
+        call. Raises WebSocketError."""
+        self.buffer = self.buffer + data if self.buffer else data
+        while self.opcode is not None or self.read_header():
+            opcode = self.opcode
+            if opcode >= Opcode.CLOSE and len(self.buffer) < self.left:
+                return  # a control frame is short, and counts as a whole
+            part, self.buffer = self.buffer[: self.left], self.buffer[self.left :]
+            payload = apply_mask(self.mask, part)
+            self.left -= len(part)
+            if opcode < Opcode.CLOSE:
+                turn = len(part) % 4
+                self.mask = self.mask[turn:] + self.mask[:turn]
+                self.add(payload, last=self.final and not self.left)
+                if self.left:
+                    return
+            self.opcode = None
+            if opcode >= Opcode.CLOSE:
+                yield opcode, payload
+            elif self.final:
+                yield self.finish()
+
+    def read_header(self) -> bool:
+        """Take a frame's header off the buffer, if it is all there (RFC 6455 §5.2)."""
+        buffer = self.buffer
+        if len(buffer) < 2:
+            return False
+        self.check_header(buffer[0], buffer[1])
+        short = buffer[1] & 0x7F
+        extended = {126: 2, 127: 8}.get(short, 0)
+        if len(buffer) < 2 + extended:
+            return False
+        size = int.from_bytes(buffer[2 : 2 + extended], "big") if extended else short
+        opcode, deflated = Opcode(buffer[0] & 0x0F), bool(buffer[0] & 0x40)
+        if size >> 63 or extended and size < (126 if extended == 2 else 2**16):
+            raise WebSocketError(1002, "a length in more bytes than it needs")
+        if opcode < Opcode.CLOSE:
+            inflating = deflated or (self.inflating and opcode is Opcode.CONTINUATION)
+            if not inflating and len(self.content) + size > self.max_size:
+                raise WebSocketError(TOO_BIG, "message too big")
+        if len(buffer) < 6 + extended:
+            return False
+        if opcode in (Opcode.TEXT, Opcode.BINARY):
+            self.message, self.inflating = opcode, deflated
+        self.opcode, self.final, self.left = opcode, bool(buffer[0] & 0x80), size
+        self.mask = buffer[2 + extended : 6 + extended]
+        self.buffer = buffer[6 + extended :]
+        return True
+
+    def check_header(self, first: int, second: int) -> None:
+        """What the first two bytes alone can do wrong."""
+        opcode = first & 0x0F
+        fragment, known = self.message is not None, opcode in (0, 1, 2, 8, 9, 10)
+        if not known:
+            raise WebSocketError(1002, f"opcode {opcode} is reserved")
+        deflated = first & 0x40 and self.deflate is not None and opcode in (1, 2)
+        if first & 0x30 or (first & 0x40 and not deflated):
+            raise WebSocketError(1002, "a reserved bit is set")
+        if not second & 0x80:
+            raise WebSocketError(1002, "a client has to mask (RFC 6455 §5.1)")
+        if opcode >= 8 and (not first & 0x80 or second & 0x7F > 125):
+            raise WebSocketError(1002, "a control frame is long, or a fragment")
+        if opcode < 8 and fragment != (opcode == 0):
+            raise WebSocketError(1002, "a fragment is missing, or one too many")
+
+    def add(self, payload: bytes, *, last: bool) -> None:
+        """Take a part of the message: inflate it, count it, check it as UTF-8."""
+        if self.inflating:
+            room = self.max_size - len(self.content)
+            payload = self.deflate.inflate(payload, room, last)
+        self.content += payload
+        if self.message is Opcode.TEXT:
+            try:
+                self.utf8.decode(payload, last)
+            except UnicodeDecodeError as exc:
+                raise WebSocketError(1007, f"not UTF-8: {exc.reason}") from None
+            rest, _ = self.utf8.getstate()
+            if (
+                rest[:1] == b"\xed" and rest[1:2] > b"\x9f"
+            ):  # it waits one byte too long
+                raise WebSocketError(1007, "not UTF-8: a surrogate")
+
+    def finish(self) -> tuple[Opcode, bytes | str]:
+        text = self.message is Opcode.TEXT
+        whole = self.content.decode() if text else bytes(self.content)
+        result = self.message, whole
+        self.message, self.content = None, bytearray()
+        return result
+
+
+def tokens_of_offers(fields: list[tuple[bytes, bytes]]) -> list[str]:
+    """The extensions that the client offers, in its order."""
+    return tokens(fields, b"sec-websocket-extensions")
+
+
+class Deflate:
+    """permessage-deflate (RFC 7692): one compressor and one decompressor."""
+
+    def __init__(self, parameters: dict[str, str | None]) -> None:
+        self.forget_ours = "server_no_context_takeover" in parameters
+        self.forget_theirs = "client_no_context_takeover" in parameters
+        self.bits = int(parameters.get("server_max_window_bits") or WINDOW_BITS)
+        shown = [f"{n}={v}" if v else n for n, v in parameters.items()]
+        self.answer = "; ".join(["permessage-deflate", *shown]).encode()
+        self.compressor = self.decompressor = None
+
+    @classmethod
+    def negotiate(cls, offers: list[str]) -> Deflate | None:
+        """The first offer that we can keep (RFC 7692 §5.1, §7.1)."""
+        for offer in offers:
+            name, *rest = [part.strip() for part in offer.split(";")]
+            # A value may be quoted; "name=" without one is no parameter (§9.1).
+            pairs = [tuple(part.replace('"', "").split("=", 1)) for part in rest]
+            parameters = {pair[0]: pair[1] if pair[1:] else None for pair in pairs}
+            if name == "permessage-deflate" and len(parameters) == len(rest):
+                if all(
+                    n in ACCEPTABLE and v in ACCEPTABLE[n]
+                    for n, v in parameters.items()
+                ):
+                    if not parameters.get("client_max_window_bits", "15"):
+                        del parameters["client_max_window_bits"]  # it would obey a wish
+                    return cls(parameters)
+        return None
+
+    def compress(self, data: bytes) -> bytes:
+        """A whole message, without the four bytes that end each (RFC 7692 §7.2.1)."""
+        if self.compressor is None or self.forget_ours:
+            self.compressor = zlib.compressobj(wbits=-self.bits)
+        data = self.compressor.compress(data)
+        return (data + self.compressor.flush(zlib.Z_SYNC_FLUSH))[:-4]
+
+    def inflate(self, data: bytes, limit: int, last: bool) -> bytes:
+        """A part of a message. Never makes more than `limit` bytes of it: 16 KiB can
+        hold 16 MiB. Raises WebSocketError."""
+        if last:
+            data += b"\x00\x00\xff\xff"
+        inflated = b""
+        for _ in range(MOST_STREAMS):
+            if self.decompressor is None:
+                self.decompressor = zlib.decompressobj(wbits=-WINDOW_BITS)
+            room = limit + 1 - len(inflated)
+            try:
+                inflated += self.decompressor.decompress(data, room)
+            except zlib.error as exc:
+                raise WebSocketError(1007, f"cannot be inflated: {exc}") from None
+            if len(inflated) > limit:
+                raise WebSocketError(TOO_BIG, "message too big once inflated")
+            if not self.decompressor.eof:
+                break
+            # A final block: what follows is a new stream (RFC 7692 §7.2.3.5).
+            data, self.decompressor = self.decompressor.unused_data, None
+            if not data:
+                break
+        else:
+            raise WebSocketError(1007, "too many final blocks")
+        if last and self.forget_theirs:
+            self.decompressor = None
+        return inflated
+
+
+MOST_STREAMS = 16  # in one part of a message; nobody sends two
+WINDOWS = [str(bits) for bits in range(9, 16)]  # zlib has no window of 2**8 bytes
+ACCEPTABLE: dict[str, list[str | None]] = {  # parameter: its values (RFC 7692 §7.1)
+    "server_no_context_takeover": [None],
+    "client_no_context_takeover": [None],
+    "server_max_window_bits": [*WINDOWS],
+    "client_max_window_bits": [None, "8", *WINDOWS],
+}
 
 
 if __name__ == "__main__":

@@ -114,7 +114,7 @@ class Serving:
 
     def run(self):
         try:
-            with asyncio.Runner() as runner:
+            with server.make_runner(self.config) as runner:
                 runner.run(self.server.serve(self.ready.set))
         except BaseException as exc:
             self.errors.append(exc)

@@ -368,6 +368,24 @@ class TestFlowControl:
             assert len(c.response()[2]) == 200 * BIG
         assert max(most) < 4 * BIG
 
+    def test_a_request_waits_until_the_answer_before_it_is_read(self):
+        seen = []
+
+        async def app(scope, receive, send):
+            assert scope["type"] == "http"
+            seen.append(scope["path"])
+            await answer(send, bytes(10_000_000))
+
+        with serving(app) as s, s.connect() as c:
+            c.send(numbered(1) + request(b"GET /2 HTTP/1.1", b"Connection: close"))
+            (connection,) = until(s, lambda: s.server.connections)
+            until(s, lambda: not connection.writable.is_set())
+            for _ in range(20):  # turns of the loop in which the second could start
+                s.call(int)
+            assert seen == ["/1"]
+            assert len(c.read_all()) > 20_000_000
+            assert seen == ["/1", "/2"]
+
     def test_a_client_that_reads_nothing_cannot_make_requests_without_end(self):
         """What if it pipelines, and never reads? Answers must not pile up either."""
 

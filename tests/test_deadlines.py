@@ -219,6 +219,12 @@ class TestTheApp:
             c.send(post(b"Content-Length: %d" % size) + bytes(size))
             assert c.response()[::2] == (200, b"%d" % size)
 
+    def test_once_it_reads_the_upload_the_client_has_to_go_on(self):
+        """What if all that we had stopped reading was already there?"""
+        with serving(self.slow, **self.ALL_SHORT) as s, s.connect() as c:
+            c.send(post(b"Content-Length: 200000") + bytes(100_000))
+            assert c.response()[0] == 408
+
     def test_it_may_stream_with_pauses(self):
         async def app(scope, receive, send):
             assert scope["type"] == "http"
