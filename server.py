@@ -955,7 +955,8 @@ class Lifespan:
         if answer == "ended" and self.mode == "on":
             raise StartupError("the app does not support lifespan") from self.error
         if answer == "ended":  # "continue without lifespan support" (ASGI lifespan)
-            self.server.log("lifespan: not supported by the app: %r", self.error)
+            why = self.error or "it returned at once"
+            self.server.log("lifespan: not supported by the app: %r", why)
 
     async def shutdown(self) -> None:
         """Ask for the shutdown, and wait at most one more grace."""
@@ -1096,11 +1097,9 @@ class HTTPConnection(asyncio.Protocol):
             "root_path": config.root_path,
         }
         self.extensions = extensions_of(transport, self.loop)
-        self.behind_proxy = bool(server.proxies)
-        if (
-            self.behind_proxy and client
-        ):  # who reaches our Unix socket is on this machine
-            self.behind_proxy = is_trusted(client[0], server.proxies)
+        # Who reaches our Unix socket is on this machine, and trusted.
+        trusted = not client or is_trusted(client[0], server.proxies)
+        self.behind_proxy = bool(server.proxies) and trusted
         self.set_deadline()
 
     # Reading.
@@ -1282,10 +1281,8 @@ class HTTPConnection(asyncio.Protocol):
         elif not self.writable.is_set():
             what, seconds = Waiting.CLIENT_TO_READ, SEND_TIMEOUT
         elif conn.their_state is h11.SEND_BODY:
-            if (
-                self.transport.is_reading()
-                and not conn.they_are_waiting_for_100_continue
-            ):
+            asked = not conn.they_are_waiting_for_100_continue
+            if asked and self.transport.is_reading():
                 what, seconds = Waiting.BODY, config.timeout_request_body
         elif self.cycle is None:
             what, seconds = Waiting.NEXT_REQUEST, config.timeout_keep_alive
@@ -1298,19 +1295,14 @@ class HTTPConnection(asyncio.Protocol):
 
     def deadline_passed(self) -> None:
         unsent = self.transport.get_write_buffer_size()
-        if (
-            0 < unsent < self.unsent
-        ):  # a slow reader is not a dead one: look again later
+        said_nothing = self.request is None and not self.gate.buffer
+        if 0 < unsent < self.unsent:  # slow is not dead: look again later
             self.deadline = self.loop.time() + SEND_TIMEOUT
             self.unsent = unsent
         elif unsent or self.waiting is Waiting.CLIENT_TO_CLOSE:
             self.transport.abort()
-        elif (
-            self.waiting is Waiting.NEXT_REQUEST
-            or not self.request
-            and not self.gate.buffer
-        ):
-            self.close()  # it said nothing: there is nothing to answer
+        elif said_nothing:
+            self.close()  # there is nothing to answer
         else:
             self.refuse(408, f"waited too long for {self.waiting.value}")
 
@@ -2586,10 +2578,9 @@ class FrameDecoder:
                 self.utf8.decode(payload, last)
             except UnicodeDecodeError as exc:
                 raise WebSocketError(1007, f"not UTF-8: {exc.reason}") from None
+            # A surrogate is known by two bytes; the decoder waits for the third.
             rest, _ = self.utf8.getstate()
-            if (
-                rest[:1] == b"\xed" and rest[1:2] > b"\x9f"
-            ):  # it waits one byte too long
+            if rest[:1] == b"\xed" and rest[1:2] > b"\x9f":
                 raise WebSocketError(1007, "not UTF-8: a surrogate")
 
     def finish(self) -> tuple[Opcode, bytes | str]:

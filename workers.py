@@ -335,20 +335,17 @@ class Supervisor:
         logger.error("%s; starting another %s", end, then)
 
     def look_after(self) -> None:
-        """Once a tick: stops that take too long, workers that are silent, changed
-        files."""
+        """Once a tick: late stops, silent workers, changed files."""
         for worker in self.workers:
             if worker.state is State.LEAVING:
                 worker.push()
             elif (
                 worker.state is not State.STARTING
-            ):  # it may take its time (uvicorn #2506)
+            ):  # that may take long (uvicorn #2506)
                 self.check_silence(worker)
-        reason = (
-            self.should_restart and self.exit_code is None and self.should_restart()
-        )
-        if reason:
-            self.restart(reason)
+        if self.should_restart is not None and self.exit_code is None:
+            if reason := self.should_restart():
+                self.restart(reason)
 
     def check_silence(self, worker: Worker) -> None:
         silence = time.monotonic() - worker.heard

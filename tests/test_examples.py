@@ -18,7 +18,7 @@ def test_an_example_says_what_it_shows_and_how_to_run_it(name):
     for word in ("Spec:", "Run:", "Try:", "Look:"):
         assert any(line.startswith(f"# {word}") for line in lines), word
     assert f"# Run:   python server.py {name}:app" in lines
-    assert len(lines) <= 41
+    assert len(lines) <= 52
 
 
 def test_example_says_hello():
@@ -52,3 +52,36 @@ def test_visits_are_counted_over_requests_and_told_at_the_end():
         process.interrupt()
         assert process.exit_code() == 0
     assert re.search(r"(?m)^3 visits$", process.output)
+
+
+UPGRADE = (
+    b"GET / HTTP/1.1\r\nHost: test\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+    b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
+)
+HELLO = b"\x81\x85\x00\x00\x00\x00hello"  # masked with zeros
+
+
+def test_ws_echo_says_what_it_hears():
+    with Process("ws_echo:app", "--port", 0) as process:
+        with process.connect(process.port()) as client:
+            client.send(UPGRADE + HELLO)
+            client.read_until(b"\r\n\r\n")
+            assert client.read_until(b"hello") == b"\x81\x05hello"
+
+
+def test_chat_tells_everybody():
+    with Process("chat:app", "--port", 0) as process:
+        port = process.port()
+        with process.connect(port) as page:
+            page.send(GET)
+            assert b"new WebSocket" in page.response()[2]
+        with process.connect(port) as first, process.connect(port) as second:
+            first.send(UPGRADE)
+            first.read_until(b"is here")
+            second.send(UPGRADE)
+            first.read_until(b"is here")
+            second.send(HELLO)
+            assert first.read_until(b": hello")
+            second.read_until(b": hello")
+            second.send(b"\x88\x80\x00\x00\x00\x00")
+            assert first.read_until(b"has left")

@@ -1042,6 +1042,18 @@ class TestSignals:
         assert not re.search("KeyboardInterrupt|Traceback|WARNING", p.output)
 
     @POSIX_ONLY
+    def test_a_worker_alone_ignores_what_is_for_its_supervisor(self, start):
+        with start() as p:
+            port, pids = both_ready(p)
+            for pid in map(int, pids):
+                os.kill(pid, signal.SIGINT)
+                os.kill(pid, signal.SIGHUP)
+            until(lambda: {get(port) for _ in range(20)} == pids)
+            p.interrupt()
+            assert p.exit_code() == 0
+        assert "another" not in p.output and p.output.count("the lifespan ends") == 2
+
+    @POSIX_ONLY
     def test_ctrl_c_while_workers_start_is_no_traceback(self, start):
         """At whatever moment: these are 60 ms apart, because nothing is waited for."""
         for number in range(4):
