@@ -89,8 +89,9 @@ class Lifeline:
 class State(enum.Enum):
     """What a worker is doing, as far as its supervisor knows."""
 
-    #   STARTING ──"ready"──► READY ──"retire", SIGHUP, a changed file──► OUTDATED
-    #       └──────────────────────────── stop ─────────────────────────────┴──► LEAVING
+    #   STARTING ──"ready"──► READY ──"retire", SIGHUP, a change──► OUTDATED
+    #       │                   │ ◄──── its successor cannot start ─────┘ │
+    #       └────────────────── stop ───────────────────────────────────┴──► LEAVING
     STARTING = enum.auto()
     READY = enum.auto()
     OUTDATED = enum.auto()  # serves until a new one is ready
@@ -339,9 +340,7 @@ class Supervisor:
         for worker in self.workers:
             if worker.state is State.LEAVING:
                 worker.push()
-            elif (
-                worker.state is not State.STARTING
-            ):  # that may take long (uvicorn #2506)
+            elif worker.state is not State.STARTING:  # that may last (uvicorn #2506)
                 self.check_silence(worker)
         if self.should_restart is not None and self.exit_code is None:
             if reason := self.should_restart():

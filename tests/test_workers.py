@@ -889,6 +889,7 @@ class TestSupervision:
                 p.wait_for(words)
                 new = p.wait_for(r"worker \[(\d+)\] is ready")[1]
                 until(lambda: get(port) == new)
+            assert p.output.count("its loop is blocked") == 1  # the others say "alive"
 
     def test_a_slow_import_is_not_a_blocked_loop(self, start):
         with start("--timeout-worker-healthcheck", 1, app="slow:app") as p:
