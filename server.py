@@ -1112,7 +1112,8 @@ class HTTPConnection(asyncio.Protocol):
         gate.buffer = gate.buffer + data if gate.buffer else data
         if self.conn.their_state in READABLE:
             self.read()
-        self.limit_reading()
+        if len(gate.buffer) > HIGH_WATER:
+            self.limit_reading()
 
     def limit_reading(self) -> None:
         """Stop while more waits than we want to hold: body, or pipelined requests."""
@@ -1164,15 +1165,15 @@ class HTTPConnection(asyncio.Protocol):
         fill_scope(scope, request)
         if len(server.tasks) >= (server.config.limit_concurrency or math.inf):
             raise h11.RemoteProtocolError("too many requests at once", 503)
-        scope["extensions"] = self.extensions_for(scope)
+        names = {name for name, _ in scope["headers"]}
+        scope["extensions"] = self.extensions_for(scope, names)
         if self.behind_proxy:
             scope.update(forwarded(scope, server.proxies))
         scope["state"] = server.state.copy()
         kind = RequestResponseCycle
-        if any(name == b"upgrade" for name, _ in scope["headers"]):
-            if wants_websocket(scope):
-                check_handshake(scope)
-                kind = WebSocketSession
+        if b"upgrade" in names and wants_websocket(scope):
+            check_handshake(scope)
+            kind = WebSocketSession
         self.cycle = cycle = kind(self, request, scope)
         # Not loop.create_task: its extra layer costs 3 %. A fresh context, because we
         # may be here from the send of the request before, with that one's variables.
@@ -1186,13 +1187,14 @@ class HTTPConnection(asyncio.Protocol):
         elif server.requests_left == 0:
             server.stop("--limit-max-requests is reached")
 
-    def extensions_for(self, scope: Scope) -> dict[str, dict]:
+    def extensions_for(self, scope: Scope, names: set[bytes]) -> dict[str, dict]:
         """Each extension where it works: an HTTP/1.0 client understands neither an
         interim response nor trailers, and trailers have to be asked for."""
         found = self.extensions.copy()
         if scope["http_version"] == "1.1":
             found["http.response.early_hint"] = {}
-            if "trailers" in (t.lower() for t in tokens(scope["headers"], b"te")):
+            te = tokens(scope["headers"], b"te") if b"te" in names else ()
+            if "trailers" in (token.lower() for token in te):
                 found["http.response.trailers"] = {}
         return found
 
@@ -1267,7 +1269,8 @@ class HTTPConnection(asyncio.Protocol):
         self.set_deadline()
         if self.gate.buffer or self.gate.eof:
             self.read()
-        self.limit_reading()
+        if not self.transport.is_reading():
+            self.limit_reading()
 
     # Deadlines: one at a time, looked at by the server's ticker.
 
