@@ -93,7 +93,7 @@ def load(factory: str) -> Callable[[], asyncio.AbstractEventLoop]:
 
 
 # Windows' words for "the client has reset it" while it waited in the backlog.
-RESET_IN_BACKLOG = (64, 1236, 10054, 10057)
+RESET_IN_BACKLOG = (59, 64, 1236, 10054, 10057)
 
 
 def patient_proactor() -> asyncio.AbstractEventLoop:

@@ -34,6 +34,14 @@ PATIENCE = 20.0  # seconds; only a failing test waits that long
 GET = b"GET / HTTP/1.1\r\nHost: test\r\n\r\n"
 
 
+def pytest_configure(config):
+    if os.name == "nt":
+        # asyncio leaves the socket of an accept that fails to the garbage collector
+        # (cpython #93821): its ResourceWarning is not ours to mend.
+        ignore = "ignore::pytest.PytestUnraisableExceptionWarning"
+        config.addinivalue_line("filterwarnings", ignore)
+
+
 class Client:
     """One connection: bytes out, bytes or whole responses in."""
 

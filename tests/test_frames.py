@@ -365,6 +365,7 @@ class TestFragments:
         finally:
             tracemalloc.stop()
 
+    @pytest.mark.skipif(os.name == "nt", reason="copies are slow under Wine")
     def test_a_read_full_of_tiny_frames_costs_little_more_than_small_reads(self):
         """What if each of its frames copies all that is behind it? asyncio reads 256
         KiB at once, 64 on Windows."""

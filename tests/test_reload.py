@@ -164,6 +164,7 @@ class TestChanges:
         watcher = Eager(["."])
         (tree / "elsewhere").mkdir()
         monkeypatch.chdir(tree / "elsewhere")
+        assert watcher.answer() == ""
         touch(tree / "app.py", 1)
         assert watcher.answer().endswith("app.py")
 
