@@ -98,7 +98,6 @@ BAD_HEADS[400] |= {  # two framings, or one that is not where it should be
     "chunked, then length": head(CHUNKED, b"Content-Length: 15") + HELLO,
     "length zero and chunked": head(b"Content-Length: 0", CHUNKED) + HELLO,
     "length and chunked in capitals": head(LENGTH.upper(), CHUNKED.upper()) + HELLO,
-    "length and gzip": head(LENGTH, CODING + b"gzip") + HELLO,
     "chunked on 1.0": head(CHUNKED, line=ON_1_0) + HELLO,
     "length and chunked on 1.0": head(LENGTH, CHUNKED, line=ON_1_0) + HELLO,
     "two equal lengths": head(LENGTH, LENGTH) + b"hello",
@@ -121,6 +120,7 @@ BAD_HEADS[501] |= {
 BAD_HEADS[501] |= {
     "chunked in two fields": head(CHUNKED, CHUNKED) + HELLO,
     "chunked, then identity": head(CHUNKED, CODING + b"identity") + HELLO,
+    "length and gzip": head(LENGTH, CODING + b"gzip") + HELLO,  # h11 reads it first
 }
 BAD_HEADS[400] |= {  # lines
     "vertical tab before chunked": head(CODING + b"\x0bchunked") + HELLO,
@@ -357,6 +357,8 @@ class TestCutAnywhere:
                 gate.buffer += part
                 while piece := gate.next_piece():
                     passed += piece
+                    if b"\r\nTransfer-Encoding:" in piece or b"\r\nContent-Length:" in piece:
+                        gate.expect_body()  # as the connection does once h11 has read it
             assert passed == data, cut
 
     def test_the_gate_keeps_the_next_request_back(self):

@@ -128,6 +128,7 @@ class TestLeaving:
         async def app(scope, receive, send):
             await send(START)
             await send(body(b"first", more=True))
+            await asyncio.sleep(0)  # one turn, in which it is written
             left.wait(PATIENCE)  # on purpose, it blocks the loop
             try:
                 for _ in range(1000):
