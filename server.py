@@ -194,9 +194,7 @@ class Config:
 
     workers: int = option(1, "processes that accept and serve", minimum=1)
     reload: bool = option(False, "replace the workers when a file changes")
-    reload_dir: Repeated = option(
-        None, "watch here, not in --app-dir; repeatable", "DIR"
-    )
+    reload_dir: Repeated = option(None, "watch here, not --app-dir; repeatable", "DIR")
     reload_include: Repeated = option(None, "watch these too; repeatable", "PATTERN")
     reload_exclude: Repeated = option(None, "but not these; repeatable", "PATTERN")
     reload_delay: float = option(0.25, "least time between two looks", minimum=0)
@@ -212,14 +210,10 @@ class Config:
     header: Repeated = option(None, "field of each response; repeatable", "NAME:VALUE")
     server_header: bool = option(True, "no Server field")
     proxy_headers: bool = option(False, "believe X-Forwarded-For and -Proto")
-    forwarded_allow_ips: str = option(
-        "127.0.0.1,::1", "proxies to believe, or *", "LIST"
-    )
+    forwarded_allow_ips: str = option("127.0.0.1,::1", "believe these, or *", "LIST")
 
-    limit_concurrency: int | None = option(
-        None, "requests at once, then 503", minimum=1
-    )
-    limit_max_requests: int | None = option(None, "requests, then stop", minimum=1)
+    limit_concurrency: int | None = option(None, "at once, then 503", minimum=1)
+    limit_max_requests: int | None = option(None, "in all, then stop", minimum=1)
     timeout_keep_alive: float = option(5.0, "wait for the next request", minimum=0)
     timeout_request_head: float = option(10.0, "wait for a whole head", minimum=0)
     timeout_request_body: float = option(60.0, "wait for more of a body", minimum=0)
@@ -231,19 +225,15 @@ class Config:
     ws_ping_interval: float = option(20.0, "wait for a ping, 0 for none", minimum=0)
     ws_ping_timeout: float = option(20.0, "wait for its pong, 0 for ever", minimum=0)
     ws_deflate: bool = option(True, "no permessage-deflate")
-
-    timeout_worker_healthcheck: float | None = option(
-        None, "replace a worker whose event loop is silent for so long", minimum=1
-    )
+    # No default: only the app's author knows how long its event loop may be blocked.
+    timeout_worker_healthcheck: float | None = option(None, "silence", minimum=1)
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self)[1:]:
             value, low = getattr(self, field.name), field.metadata["minimum"]
             choices = field.metadata["choices"]
             if None not in (value, low) and not value >= low:  # so put, it refuses NaN
-                raise ValueError(
-                    f"{flag_of(field)} must be at least {low}, not {value}"
-                )
+                raise ValueError(f"{flag_of(field)} must be {low} or more, not {value}")
             if choices and value not in choices:
                 names = ", ".join(choices)
                 raise ValueError(f"{flag_of(field)} must be {names}, not {value!r}")
@@ -251,11 +241,8 @@ class Config:
             raise ValueError("--ssl-keyfile needs --ssl-certfile")
         if self.port > 65535:
             raise ValueError(f"--port must be at most 65535, not {self.port}")
-        (
-            self.loop_choice(),
-            self.extra_headers(),
-            self.trusted_proxies(),
-        )  # to refuse now
+        for check in (self.loop_choice, self.extra_headers, self.trusted_proxies):
+            check()
 
     @property
     def scheme(self) -> str:
@@ -339,9 +326,7 @@ def check_surroundings(config: Config) -> None:
         # A spawned worker imports the script that started us (uvicorn #949, #1045).
         raise StartupError('put server.run(…) below: if __name__ == "__main__":')
     if config.shared and not isinstance(config.app, str):
-        raise StartupError(
-            "workers import the app themselves: pass its MODULE:ATTRIBUTE"
-        )
+        raise StartupError("workers import the app themselves: pass MODULE:ATTRIBUTE")
 
 
 def load_tls(config: Config) -> ssl.SSLContext | None:
@@ -355,10 +340,9 @@ def load_tls(config: Config) -> ssl.SSLContext | None:
     try:
         context.load_cert_chain(config.ssl_certfile, config.ssl_keyfile, password)
     except OSError as exc:  # ssl.SSLError is one
-        names = (
-            f"--ssl-certfile {config.ssl_certfile} --ssl-keyfile {config.ssl_keyfile}"
-        )
-        raise StartupError(f"{names}: {exc.strerror or exc}") from None
+        files = f"--ssl-certfile {config.ssl_certfile}"
+        files += f" --ssl-keyfile {config.ssl_keyfile}"
+        raise StartupError(f"{files}: {exc.strerror or exc}") from None
     return context
 
 
@@ -384,12 +368,8 @@ def supervise(
     watcher = None
     if config.reload:
         folders = config.reload_dir or [config.app_dir]
-        watcher = reload.Watcher(
-            folders,
-            config.reload_include or (),
-            config.reload_exclude or (),
-            delay=config.reload_delay,
-        )
+        patterns = config.reload_include or (), config.reload_exclude or ()
+        watcher = reload.Watcher(folders, *patterns, delay=config.reload_delay)
         logger.info("watching %s", ", ".join(watcher.folders))
     supervisor = workers.Supervisor(
         serve_in_worker,
@@ -564,19 +544,16 @@ def import_app(name: str, app_dir: str) -> Any:
     """Import MODULE:ATTRIBUTE from `app_dir`, or else from our own examples/."""
     module_name, _, attribute = name.partition(":")
     if not module_name or not attribute or re.search(r"[/\\]|\.py$", module_name):
-        raise StartupError(
-            f'"{name}" is not MODULE:ATTRIBUTE; app in main.py is main:app'
-        )
+        why = f'"{name}" is not MODULE:ATTRIBUTE; app in main.py is main:app'
+        raise StartupError(why)
     here = os.path.dirname(os.path.abspath(__file__))
     for ours in ("server", "loops", "sockets", "workers", "reload"):
         if app_dir != here and os.path.exists(os.path.join(app_dir, f"{ours}.py")):
             if ours == module_name:
-                raise StartupError(
-                    f"{ours}.py has a name of foal's; rename it, or use a package"
-                )
-            logger.warning(
-                "import %s will give foal's, not %s/%s.py", ours, app_dir, ours
-            )
+                why = f"{ours}.py has a name of foal's; rename it, or use a package"
+                raise StartupError(why)
+            other = os.path.join(app_dir, f"{ours}.py")
+            logger.warning("import %s will give foal's, not %s", ours, other)
     sys.path.insert(0, app_dir)
     sys.path.append(os.path.join(here, "examples"))
     try:
@@ -584,9 +561,8 @@ def import_app(name: str, app_dir: str) -> Any:
     except ModuleNotFoundError as exc:
         if exc.name is None or not f"{module_name}.".startswith(exc.name + "."):
             raise StartupError(f"{module_name} could not be imported: {exc}") from exc
-        raise StartupError(
-            f'no module "{exc.name}" in {app_dir}; is --app-dir right?'
-        ) from None
+        why = f'no module "{exc.name}" in {app_dir}; is --app-dir right?'
+        raise StartupError(why) from None
     except (Exception, SystemExit) as exc:  # the app's module is foreign code
         raise StartupError(f"{module_name} could not be imported: {exc!r}") from exc
     try:
@@ -619,9 +595,9 @@ def not_asgi(app: Any) -> str:
         return "it looks like WSGI; wrap it, for example in a2wsgi.WSGIMiddleware"
     if takes(1):
         return "it looks like ASGI 2; wrap it in asgiref's guarantee_single_callable"
-    return (
-        "is it a factory? then add --factory" if takes(0) else f"it takes {signature}"
-    )
+    if takes(0):
+        return "is it a factory? then add --factory"
+    return f"it takes {signature}"
 
 
 def broken_app(exc: StartupError) -> ASGIApp:
@@ -681,9 +657,7 @@ class LogFormatter(logging.Formatter):
 
 TICK = 0.25  # seconds: how late a deadline may be noticed
 LONGEST_TURN = 0.001  # seconds that an answer waits for others of the same turn
-RESPONSE_CACHE = (
-    256  # events; apps with more distinct heads than this a second gain nothing
-)
+RESPONSE_CACHE = 256  # events; whoever has more distinct ones a second gains nothing
 
 
 class Server:
@@ -698,9 +672,8 @@ class Server:
         self.config = config
         self.listeners = listeners
         self.lifeline = lifeline
-        self.log = (
-            logger.debug if lifeline else logger.info
-        )  # a supervisor tells the rest
+        # A supervisor has said already what a worker would say.
+        self.log = logger.debug if lifeline else logger.info
         self.app: ASGIApp | None = None
         self.loop: asyncio.AbstractEventLoop | None = None
         self.lifespan: Lifespan | None = None
@@ -781,15 +754,18 @@ class Server:
 
     async def start_accepting(self) -> None:
         self.tick()
+        tls: dict[str, Any] = {}
+        if self.tls is not None:
+            # The last is for the client's close_notify; nobody needs to wait for it.
+            deadline = self.config.timeout_request_head or None
+            tls = {"ssl": self.tls, "ssl_handshake_timeout": deadline}
+            tls["ssl_shutdown_timeout"] = 0.5
         for listener in self.listeners:
             # The argument called backlog is also how many connections asyncio accepts
             # in one turn of the loop. One: busy workers leave the rest to idle ones,
             # and out of descriptors is reported once. Then the real backlog again.
             acceptor = await self.loop.create_server(
-                lambda: HTTPConnection(self),
-                sock=listener,
-                backlog=1,
-                **self.tls_options(),
+                lambda: HTTPConnection(self), sock=listener, backlog=1, **tls
             )
             listener.listen(self.config.backlog)
             self.acceptors.append(acceptor)
@@ -797,17 +773,6 @@ class Server:
             self.lifeline.say("ready")
         else:
             announce(self.config, self.listeners)
-
-    def tls_options(self) -> dict[str, Any]:
-        if self.tls is None:
-            return {}
-        deadline = self.config.timeout_request_head or None
-        # The last is for the client's close_notify, which nobody needs to wait for.
-        return {
-            "ssl": self.tls,
-            "ssl_handshake_timeout": deadline,
-            "ssl_shutdown_timeout": 0.5,
-        }
 
     async def stop_accepting(self) -> None:
         # First no new ones; then those accepted in this turn become our connections,
@@ -907,9 +872,7 @@ class Server:
     ) -> tuple[h11.Response, int | None]:
         """Add to the app's fields what it did not say; drop what is not its to say."""
         # Framing is the server's (ASGI www, "Response Start"); RFC 9110 §8.6 on 204.
-        dropped = {b"transfer-encoding"} | (
-            {b"content-length"} if status == 204 else set()
-        )
+        dropped = {b"transfer-encoding", b"content-length" if status == 204 else b""}
         kept = [(n, v.strip(b" \t")) for n, v in fields if n.lower() not in dropped]
         kept = self.with_common(kept)
         event = h11.Response(status_code=status, headers=kept, reason=phrase(status))
@@ -1023,13 +986,12 @@ class Lifespan:
 
     async def send(self, message: Message) -> None:
         kind = message["type"]
-        answers = {
-            f"lifespan.{self.question}.{end}": end for end in ("complete", "failed")
-        }
-        if self.answer.done() or kind not in answers:
+        topic, _, answer = kind.rpartition(".")
+        expected = not self.answer.done() and topic == f"lifespan.{self.question}"
+        if not expected or answer not in ("complete", "failed"):
             raise RuntimeError(f"unexpected message {kind!r} during {self.question}")
         self.text = message.get("message", "")
-        self.reply(answers[kind])
+        self.reply(answer)
 
 
 # ────────────────────────────────────────────────────────────────── 5. Connection ──
@@ -1266,7 +1228,8 @@ class HTTPConnection(asyncio.Protocol):
 
     def pause_writing(self) -> None:
         self.writable.clear()
-        self.waiting, self.deadline = None, 0.0  # a new wait, if by chance as much waits
+        self.waiting = None  # a new wait, even if by chance as much is unsent
+        self.deadline = 0.0
 
     def resume_writing(self) -> None:
         self.writable.set()
@@ -1527,10 +1490,7 @@ def forwarded(scope: Scope, networks: list) -> dict[str, Any]:
     ours is the client; what stands left of it, anybody may have written.
     """
     found: dict[str, Any] = {}
-    lists = [
-        v.decode("latin-1") for n, v in scope["headers"] if n == b"x-forwarded-for"
-    ]
-    hosts = [host.strip() for host in ",".join(lists).split(",") if host.strip()]
+    hosts = tokens(scope["headers"], b"x-forwarded-for")
     while len(hosts) > 1 and is_trusted(hosts[-1], networks):
         hosts.pop()
     if hosts and re.fullmatch(r"[0-9A-Fa-f.:]+", hosts[-1]):  # it will be logged
@@ -1541,8 +1501,14 @@ def forwarded(scope: Scope, networks: list) -> dict[str, Any]:
     return found
 
 
-# CRLF ends a line, no other control character does a thing (§2.2), and a line that begins
-# with a space would be folded (§5.2). "++" never gives back, so nothing is read twice.
+def tokens(fields: list[tuple[bytes, bytes]], name: bytes) -> list[str]:
+    """The members of a comma-separated field, over all its lines (RFC 9110 §5.6.1)."""
+    values = ",".join(v.decode("latin-1") for n, v in fields if n == name)
+    return [token.strip() for token in values.split(",") if token.strip()]
+
+
+# CRLF ends a line, no other control character does a thing (§2.2), and a line that
+# begins with a space would be folded (§5.2). "*+" never gives back what it has taken.
 TEXT = rb"[^\x00-\x08\x0a-\x1f\x7f]*+"
 LINES = re.compile(rb"(?:(?![ \t\r])%b\r\n)*+\r\n" % TEXT)
 MORE_LINES = re.compile(rb"%b(?:\r\n(?![ \t])%b)*+\r?" % (TEXT, TEXT))
@@ -1669,9 +1635,8 @@ class Gate:
             if line is None:
                 start = buffer[end : end + CHUNK_LINE_LIMIT]
                 if b"\n" in start or len(start) == CHUNK_LINE_LIMIT:
-                    raise h11.RemoteProtocolError(
-                        f"malformed chunk line {start!r}", 400
-                    )
+                    why = f"malformed chunk line {start!r}"
+                    raise h11.RemoteProtocolError(why, 400)
                 break
             end = line.end()
             size = int(line[1], 16)
@@ -1838,10 +1803,7 @@ class RequestResponseCycle:
         waits = conn.they_are_waiting_for_100_continue or self.owes_continue
         if waits and connection.cycle is self and conn.our_state is h11.SEND_RESPONSE:
             self.owes_continue = False
-            go_on = h11.InformationalResponse(
-                status_code=100, headers=[], reason=phrase(100)
-            )
-            connection.write(conn.send(go_on))
+            connection.write(conn.send(interim(100, [])))
             connection.deadline = 0.0
 
     def take_body(self) -> Message:
@@ -1875,9 +1837,7 @@ class RequestResponseCycle:
                 self.send_body(message)
             case "http.response.pathsend" if self.state is ResponseState.EXPECTING_BODY:
                 await self.send_path(message["path"])
-            case "http.response.trailers" if (
-                self.state is ResponseState.EXPECTING_TRAILERS
-            ):
+            case "http.response.trailers" if self.owes_trailers():
                 self.send_trailers(message)
             case "http.response.early_hint" if self.takes_early_hint():
                 self.send_early_hint(message)
@@ -1886,12 +1846,11 @@ class RequestResponseCycle:
 
     def start_response(self, message: Message) -> None:
         server = self.connection.server
-        self.response, self.length = server.response(
-            message["status"], message.get("headers", ())
-        )
+        status, fields = message["status"], message.get("headers", ())
+        self.response, self.length = server.response(status, fields)
         if message.get("trailers") and "http.response.trailers" in self.extensions:
             self.trailers = []
-        if message["status"] in (204, 304):  # never with content (RFC 9110 §6.4.1)
+        if status in (204, 304):  # never with content (RFC 9110 §6.4.1)
             self.no_content = True
         self.state = ResponseState.EXPECTING_BODY
 
@@ -1941,6 +1900,9 @@ class RequestResponseCycle:
         if not more_trailers:
             self.complete(self.connection.conn.send(end))
 
+    def owes_trailers(self) -> bool:
+        return self.state is ResponseState.EXPECTING_TRAILERS
+
     def takes_early_hint(self) -> bool:
         unsaid = self.connection.conn.our_state is h11.SEND_RESPONSE
         return unsaid and "http.response.early_hint" in self.extensions
@@ -1950,12 +1912,8 @@ class RequestResponseCycle:
         conn = self.connection.conn
         if conn.they_are_waiting_for_100_continue:
             self.owes_continue = True  # h11 takes the 103 for the answer to Expect
-        hint = h11.InformationalResponse(
-            status_code=103,
-            headers=bytes_only((b"link", link) for link in message["links"]),
-            reason=phrase(103),
-        )
-        self.connection.write(conn.send(hint))
+        links = bytes_only((b"link", link) for link in message["links"])
+        self.connection.write(conn.send(interim(103, links)))
 
     async def send_path(self, path: str) -> None:
         """ASGI extension "Path Send": the file goes from the kernel's cache to the
@@ -2021,9 +1979,8 @@ class RequestResponseCycle:
         unread = connection.conn.their_state is h11.SEND_BODY
         if unread or connection.server.stopping.is_set():
             fields = [*response.headers.raw_items(), (b"connection", b"close")]
-            response = h11.Response(
-                status_code=response.status_code, headers=fields, reason=response.reason
-            )
+            status, reason = response.status_code, response.reason
+            response = h11.Response(status_code=status, headers=fields, reason=reason)
         return connection.conn.send(response)
 
     def log_access(self, status: int) -> None:
@@ -2052,6 +2009,12 @@ END = h11.EndOfMessage()  # one for all
 NO_TRAILERS = (b"transfer-encoding", b"content-length", b"host", b"trailer", b"te") + (
     (b"connection", b"set-cookie", b"authorization", b"content-type", b"cache-control")
 )
+
+
+def interim(status: int, fields: list) -> h11.InformationalResponse:
+    """A response before the response (RFC 9110 §15.2)."""
+    reason = phrase(status)
+    return h11.InformationalResponse(status_code=status, headers=fields, reason=reason)
 
 
 def bytes_only(fields: Iterable) -> list[tuple[bytes, bytes]]:
@@ -2103,22 +2066,12 @@ class WebSocketState(enum.Enum):
     CLOSED = enum.auto()
 
 
-def tokens(fields: list[tuple[bytes, bytes]], name: bytes) -> list[str]:
-    """The members of a comma-separated field, over all its lines (RFC 9110 §5.6.1)."""
-    values = ",".join(v.decode("latin-1") for n, v in fields if n == name)
-    return [token.strip() for token in values.split(",") if token.strip()]
-
-
 def wants_websocket(scope: Scope) -> bool:
     """Does the request ask for an upgrade that it may ask for (RFC 9110 §7.8)?"""
     fields = scope["headers"]
-    upgrade = [token.lower() for token in tokens(fields, b"upgrade")]
-    connection = [token.lower() for token in tokens(fields, b"connection")]
-    return (
-        scope["http_version"] == "1.1"
-        and "websocket" in upgrade
-        and "upgrade" in connection
-    )
+    asked = "websocket" in map(str.lower, tokens(fields, b"upgrade"))
+    asked = asked and "upgrade" in map(str.lower, tokens(fields, b"connection"))
+    return asked and scope["http_version"] == "1.1"
 
 
 def check_handshake(scope: Scope) -> None:
@@ -2196,9 +2149,8 @@ class WebSocketSession(RequestResponseCycle, asyncio.Protocol):
 
     async def receive(self) -> Message:
         """websocket.connect, every message, and websocket.disconnect from then on."""
-        while not (
-            self.messages or self.hung_up or self.phase is WebSocketState.CLOSED
-        ):
+        closed = WebSocketState.CLOSED
+        while not (self.messages or self.hung_up or self.phase is closed):
             if self.phase is WebSocketState.CONNECTING and self.connection.gate.eof:
                 self.hung_up = True
                 break
@@ -2270,14 +2222,11 @@ class WebSocketSession(RequestResponseCycle, asyncio.Protocol):
         if subprotocol is not None:
             fields.append((b"sec-websocket-protocol", subprotocol.encode("ascii")))
         if self.config.ws_deflate:
-            self.deflate = Deflate.negotiate(tokens_of_offers(self.fields))
+            offers = tokens(self.fields, b"sec-websocket-extensions")
+            self.deflate = Deflate.negotiate(offers)
         if self.deflate is not None:
             fields.append((b"sec-websocket-extensions", self.deflate.answer))
-        switch = h11.InformationalResponse(
-            status_code=101,
-            headers=[*fields, *server.with_common(extra)],
-            reason=phrase(101),
-        )
+        switch = interim(101, [*fields, *server.with_common(extra)])
         connection.write(connection.conn.send(switch))
         self.phase = WebSocketState.OPEN
         self.state = ResponseState.COMPLETE
@@ -2338,9 +2287,8 @@ class WebSocketSession(RequestResponseCycle, asyncio.Protocol):
                     return  # the decoder keeps the rest
         except WebSocketError as exc:
             code, reason = exc.args
-            logger.info(
-                "%s: WebSocket failed, %d: %s", self.connection.peer, code, reason
-            )
+            peer = self.connection.peer
+            logger.info("%s: WebSocket failed, %d: %s", peer, code, reason)
             if self.phase is WebSocketState.OPEN:
                 self.start_close(code)
             self.end(code, "")
@@ -2611,11 +2559,6 @@ class FrameDecoder:
         return result
 
 
-def tokens_of_offers(fields: list[tuple[bytes, bytes]]) -> list[str]:
-    """The extensions that the client offers, in its order."""
-    return tokens(fields, b"sec-websocket-extensions")
-
-
 class Deflate:
     """permessage-deflate (RFC 7692): one compressor and one decompressor."""
 
@@ -2636,10 +2579,7 @@ class Deflate:
             pairs = [tuple(part.replace('"', "").split("=", 1)) for part in rest]
             parameters = {pair[0]: pair[1] if pair[1:] else None for pair in pairs}
             if name == "permessage-deflate" and len(parameters) == len(rest):
-                if all(
-                    n in ACCEPTABLE and v in ACCEPTABLE[n]
-                    for n, v in parameters.items()
-                ):
+                if all(v in ACCEPTABLE.get(n, ()) for n, v in parameters.items()):
                     if not parameters.get("client_max_window_bits", "15"):
                         del parameters["client_max_window_bits"]  # it would obey a wish
                     return cls(parameters)
