@@ -49,6 +49,11 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     config.option.importmode = "importlib"
     config.pluginmanager.register(foal_tools, "foal_tools")  # its fixtures: log
+    if not config.getoption("--answers"):
+        # Code that dies half-way leaves sockets open. Of an answer that would be an
+        # error, as it is in foal's own tests; here it would only be noise.
+        for warning in ("ResourceWarning", "pytest.PytestUnraisableExceptionWarning"):
+            config.addinivalue_line("filterwarnings", f"ignore::{warning}")
 
 
 def pytest_report_header(config):
