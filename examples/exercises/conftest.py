@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+import warnings
 from pathlib import Path
 from types import ModuleType
 
@@ -54,6 +55,11 @@ def pytest_configure(config):
         # error, as it is in foal's own tests; here it would only be noise.
         for warning in ("ResourceWarning", "pytest.PytestUnraisableExceptionWarning"):
             config.addinivalue_line("filterwarnings", f"ignore::{warning}")
+
+
+def pytest_unconfigure(config):
+    if not config.getoption("--answers"):  # pytest collects the last garbage after us
+        warnings.simplefilter("ignore", ResourceWarning)
 
 
 def pytest_report_header(config):
