@@ -1,0 +1,125 @@
+"""examples/exercises: every answer is green, and every start file is red in the tests
+that its page names, for the reason that it names. One run of pytest each, in a process
+of its own, whose report is read from JUnit's XML."""
+
+from __future__ import annotations
+
+import collections
+import re
+import subprocess
+import sys
+import xml.etree.ElementTree
+
+import pytest
+from conftest import ROOT
+
+EXERCISES = ROOT / "examples" / "exercises"
+NAMES = sorted(path.name for path in EXERCISES.glob("[0-9][0-9]_*"))
+HEADINGS = [
+    "Objective",
+    "Read first",
+    "Start from",
+    "Build",
+    "Check",
+    "If you are stuck",
+]
+RUN_PATIENCE = 120.0  # seconds for a whole run, in which a start file may wait in vain
+
+
+def page(name: str) -> str:
+    return (EXERCISES / name / "README.md").read_text(encoding="utf-8")
+
+
+def named_in(page: str) -> dict[str, str]:
+    """What `Red at first:` says: {test: exception}."""
+    said = re.search(r"(?ms)^Red at first: (.*?)(:\s|\n\n)", page)
+    assert said, "no paragraph that begins `Red at first:`"
+    found = re.findall(r"`(test_\w+)`(?:\s*\((\w+)\))?", said[1])
+    assert found, "`Red at first:` names no test in backticks"
+    return {name: exception or "AssertionError" for name, exception in found}
+
+
+def run(folder, *options: str) -> dict[str, dict[str, list]]:
+    """{exercise: {test: [how it ended, …]}}; more than one where it has parameters."""
+    report = folder / "report.xml"
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-q", *options]
+    done = subprocess.run(
+        [*command, f"--junitxml={report}", str(EXERCISES)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=RUN_PATIENCE,
+    )
+    assert done.returncode in (0, 1), done.stdout + done.stderr
+    results = collections.defaultdict(lambda: collections.defaultdict(list))
+    for case in xml.etree.ElementTree.parse(report).iter("testcase"):
+        exercise = re.search(r"\.(\d\d_\w+)\.test_it", case.get("classname"))[1]
+        test = case.get("name").partition("[")[0]
+        results[exercise][test].append(ending(case))
+    return results
+
+
+def ending(case) -> str:
+    """ "passed", "skipped", "error", or the exception of a failure."""
+    for outcome in case:
+        if outcome.tag == "failure":
+            said = outcome.get("message")
+            if said.startswith(("assert ", "Failed: ")):  # "Failed: DID NOT RAISE"
+                return "AssertionError"
+            return re.match(r"[\w.]*", said)[0].rpartition(".")[2]
+        if outcome.tag in ("error", "skipped"):
+            return outcome.tag
+    return "passed"
+
+
+@pytest.fixture(scope="module")
+def answers(tmp_path_factory):
+    return run(tmp_path_factory.mktemp("answers"), "--answers")
+
+
+@pytest.fixture(scope="module")
+def starts(tmp_path_factory):
+    return run(tmp_path_factory.mktemp("starts"))
+
+
+def test_there_are_twelve_in_order():
+    assert [name[:2] for name in NAMES] == [f"{n:02}" for n in range(1, 13)]
+    have = sorted(path.stem for path in (EXERCISES / "answers").glob("[0-9]*.py"))
+    assert have == NAMES
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_answer_is_green(name, answers):
+    ends = {end for ends in answers[name].values() for end in ends}
+    assert "passed" in ends and ends <= {"passed", "skipped"}, answers[name]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_start_is_red_for_the_reason_that_its_page_names(name, starts):
+    """An import error would be red, too, and teach nothing."""
+    said = named_in(page(name))
+    found = starts[name]
+    assert set(said) <= set(found), "a test that does not exist"
+    red = {}
+    for test, ends in found.items():
+        if set(ends) == {"skipped"}:
+            said.pop(test, None)  # it needs another system than this one
+        elif bad := set(ends) - {"passed", "skipped"}:
+            red[test] = " ".join(sorted(bad))
+    assert said and red == said
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_page_has_its_six_headings_and_its_neighbours(name):
+    text, place = page(name), NAMES.index(name)
+    found = re.findall(r"(?m)^## (.*)", text)
+    assert [heading for heading in found if heading != "The report"] == HEADINGS
+    assert text.startswith(f"# {int(name[:2])}. ")
+    assert f"\npytest examples/exercises/{name}\n" in text
+    near = [NAMES[i] for i in (place - 1, place + 1) if 0 <= i < len(NAMES)]
+    for path in [f"../{other}/README.md" for other in near]:
+        assert f"]({path})" in text
+    assert f"](../answers/{name}.py)" in text and "](../README.md)" in text
+    foot = text.rpartition("\n---\n")[2]
+    for link in re.findall(r"\]\(([^)#:]*)\)", foot):
+        assert (EXERCISES / name / link).is_file(), link
