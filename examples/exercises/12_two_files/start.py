@@ -1,0 +1,46 @@
+"""Lift chapters 7 and 8 of server.py into a file of their own, websocket_session.py. As
+it is, it cuts the text in two, and neither half runs.
+
+Run:   python examples/exercises/12_two_files/start.py /tmp/split
+       cd /tmp/split, and there: python server.py ws_echo:app
+                                 python -m pytest tests/test_frames.py
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import sys
+from pathlib import Path
+
+ROOT = next(p for p in Path(__file__).resolve().parents if (p / "server.py").exists())
+FILES = ("*.py", "*.toml", "README.md", "tests/*", "examples/*.py")
+
+
+def lift(text: str) -> tuple[str, str]:
+    """From the text of server.py: the new server.py, and websocket_session.py."""
+    before, lifted, after = cut(text)
+    return before + after, lifted
+
+
+def cut(text: str) -> tuple[str, str, str]:
+    """Chapters 1 to 6, chapters 7 and 8, and the lines that start the program."""
+    start = re.search(r"(?m)^# ─+ 7\. .* ──$", text).start()
+    end = text.index('\nif __name__ == "__main__":', start) + 1
+    return text[:start], text[start:end], text[end:]
+
+
+def make_copy(folder: Path) -> None:
+    """A copy of foal, with the lifted file; the original stays as it is."""
+    for source in (path for pattern in FILES for path in ROOT.glob(pattern)):
+        if source.is_file():
+            target = folder / source.relative_to(ROOT)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(source, target)
+    texts = lift((ROOT / "server.py").read_text(encoding="utf-8"))
+    for name, text in zip(("server.py", "websocket_session.py"), texts, strict=True):
+        (folder / name).write_text(text, encoding="utf-8", newline="\n")
+
+
+if __name__ == "__main__":
+    make_copy(Path(sys.argv[1]))
