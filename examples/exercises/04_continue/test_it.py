@@ -91,9 +91,7 @@ def test_a_client_that_waits_is_told_when_the_app_asks(exercise):
 
     def app(request, exchange):
         connection.wait(DEADLINE)
-        early.extend(
-            select.select([client], [], [], 0)[0]
-        )  # is there anything to read?
+        early.extend(select.select([client], [], [], 0)[0])  # is there anything to read?
         takes_it(request, exchange)
 
     with connected(exercise, app, post(EXPECT)) as client:

@@ -111,9 +111,7 @@ TABLE = [
     (leaves_at_the_end, "complete", "ended"),
     (ends_and_stays, "complete", "complete"),
 ]
-APPS = pytest.mark.parametrize(
-    "app", [row[0] for row in TABLE], ids=lambda a: a.__name__
-)
+APPS = pytest.mark.parametrize("app", [row[0] for row in TABLE], ids=lambda a: a.__name__)
 
 
 def life(exercise, app):
@@ -131,9 +129,7 @@ def life(exercise, app):
     return asyncio.run(run())
 
 
-@pytest.mark.parametrize(
-    "app, started, ended", TABLE, ids=[row[0].__name__ for row in TABLE]
-)
+@pytest.mark.parametrize("app, started, ended", TABLE, ids=[row[0].__name__ for row in TABLE])
 def test_what_the_server_learns(exercise, app, started, ended):
     assert life(exercise, app)[:2] == (started, ended)
 

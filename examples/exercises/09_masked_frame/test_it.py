@@ -82,9 +82,7 @@ def test_a_header_is_not_guessed(exercise, size, header):
 
 def test_frames_cut_anywhere_are_the_same_frames(exercise):
     """TCP keeps no boundaries: what one side writes in one call, arrives in any pieces."""
-    data = b"".join(bytes.fromhex(text) for text, _ in EXAMPLES[:6]) + frame(
-        *LENGTHS[3]
-    )
+    data = b"".join(bytes.fromhex(text) for text, _ in EXAMPLES[:6]) + frame(*LENGTHS[3])
     expected, _ = exercise.read_frames(data)
     assert len(expected) == 7
     for cut in range(len(data)):
@@ -115,9 +113,7 @@ class TestMask:
         assert once != data
         assert exercise.apply_mask(MASK, once) == data
 
-    @pytest.mark.parametrize(
-        "mask", [bytes(4), b"\x00\x00\x00\xff", b"\xff\x00\x00\x00"]
-    )
+    @pytest.mark.parametrize("mask", [bytes(4), b"\x00\x00\x00\xff", b"\xff\x00\x00\x00"])
     def test_zeros_are_bytes_like_others(self, exercise, mask):
         """What if the result, or the mask, begins or ends with zeros?"""
         data = b"\x00\x00ab\xff\x00\x00"

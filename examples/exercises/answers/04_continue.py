@@ -1,5 +1,5 @@
-"""A server for one request, blocking, on h11 and a socket, that says `100 Continue` when
-somebody waits for it: the app for the body, and the client for a word. The answer.
+"""A server for one request, blocking, on h11 and a socket, that says `100 Continue`
+when somebody waits for it: the app for the body, and the client for a word. The answer.
 
 Run:   python examples/exercises/answers/04_continue.py
 Try:   curl -v -H "Expect: 100-continue" -d hello localhost:8004
