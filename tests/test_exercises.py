@@ -15,6 +15,9 @@ import pytest
 from conftest import ROOT
 
 EXERCISES = ROOT / "examples" / "exercises"
+sys.path.append(str(EXERCISES))  # behind ours: it has a conftest.py, too
+import mutate  # noqa: E402
+
 NAMES = sorted(path.name for path in EXERCISES.glob("[0-9][0-9]_*"))
 HEADINGS = [
     "Objective",
@@ -127,3 +130,39 @@ def test_every_page_has_its_six_headings_and_its_neighbours(name):
     foot = text.rpartition("\n---\n")[2]
     for link in re.findall(r"\]\(([^)#:]*)\)", foot):
         assert (EXERCISES / name / link).is_file(), link
+
+
+MUTATIONS = mutate.table()
+
+
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("copy")
+    mutate.copy_to(folder)
+    return folder
+
+
+class TestMutations:
+    """TEACHER.md: a line is changed in a copy, and the test that it names sees it."""
+
+    def test_there_is_one_for_each_chapter_and_each_leaf(self):
+        places = {mutation.file + mutation.chapter for mutation in MUTATIONS}
+        chapters = {f"server.py {n}" for n in range(1, 9)}
+        assert places == chapters | {
+            "loops.py",
+            "sockets.py",
+            "workers.py",
+            "reload.py",
+        }
+        text = (EXERCISES / "TEACHER.md").read_text(encoding="utf-8")
+        table = text.rpartition("## One-line mutations")[2]
+        rows = [line for line in table.split("\n") if line.startswith("| `")]
+        assert len(rows) == len(MUTATIONS), "a row that mutate.py cannot read"
+
+    def test_the_tests_pass_as_long_as_nothing_is_changed(self, copy):
+        done = mutate.pytest(copy, [mutation.test for mutation in MUTATIONS])
+        assert done.returncode == 0, done.stdout + done.stderr
+
+    @pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda m: m.file + m.chapter)
+    def test_the_named_test_sees_it(self, copy, mutation):
+        assert mutate.mutate(copy, mutation) == ""
