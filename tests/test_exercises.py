@@ -29,18 +29,46 @@ HEADINGS = [
 ]
 RUN_PATIENCE = 120.0  # seconds for a whole run, in which a start file may wait in vain
 
+# For pages that say in prose what is red at first: all by assertion. A page that names
+# its tests is believed instead.
+RED_IN_PROSE = {
+    "01_hello": "the_status_is_200 the_body_is_the_greeting the_length_counts_bytes "
+    "the_client_can_tell_how_to_read_it it_takes_two_messages",
+    "04_continue": "an_app_that_refuses_the_body_says_only_that "
+    "a_client_that_does_not_wait_is_not_told however_the_client_writes_it",
+    "06_lifespan": "what_the_server_learns no_task_is_left_behind "
+    "what_the_app_keeps_is_there_when_it_has_started "
+    "a_wrong_answer_is_the_apps_mistake a_second_answer_does_no_harm",
+    "09_masked_frame": "the_examples_of_the_rfc each_form_of_a_length "
+    "a_header_says_where_it_ends a_header_is_not_guessed it_is_what_the_rfc_says "
+    "frames_cut_anywhere_are_the_same_frames frames_byte_by_byte_are_the_same_frames "
+    "twice_is_not_at_all zeros_are_bytes_like_others a_length_has_one_form",
+    "11_graceful": "an_answer_in_flight_arrives all_answers_in_flight_arrive "
+    "stop_returns_when_all_is_said an_answer_in_flight_is_the_last the_grace_ends",
+    "12_two_files": "the_importable_server_is_whole it_starts_as_a_worker "
+    "there_is_one_of_each neither_half_imports_what_it_does_not_use "
+    "foals_own_tests_are_green",
+}
+# Red in some runs only, and so no part of what a start file promises.
+RED_BY_CHANCE = {
+    # The client may have read the early 100 before the app looks for it.
+    "04_continue": {"test_a_client_that_waits_is_told_when_the_app_asks"},
+    # On Windows, now and then: its client waits in vain for the end.
+    "11_graceful": {"test_who_asks_for_nothing_holds_nobody_up"},
+}
+
 
 def page(name: str) -> str:
     return (EXERCISES / name / "README.md").read_text(encoding="utf-8")
 
 
-def named_in(page: str) -> dict[str, str]:
-    """What `Red at first:` says: {test: exception}."""
-    said = re.search(r"(?ms)^Red at first: (.*?)(:\s|\n\n)", page)
+def red_at_first(name: str) -> dict[str, str]:
+    """What `Red at first:` says of an exercise: {test: exception}."""
+    said = re.search(r"(?ms)^Red at first: (.*?)(:\s|\n\n)", page(name))
     assert said, "no paragraph that begins `Red at first:`"
     found = re.findall(r"`(test_\w+)`(?:\s*\((\w+)\))?", said[1])
-    assert found, "`Red at first:` names no test in backticks"
-    return {name: exception or "AssertionError" for name, exception in found}
+    found = found or [(f"test_{test}", "") for test in RED_IN_PROSE[name].split()]
+    return {test: exception or "AssertionError" for test, exception in found}
 
 
 def run(folder, *options: str) -> dict[str, dict[str, list]]:
@@ -104,12 +132,14 @@ def test_every_answer_is_green(name, answers):
 @pytest.mark.parametrize("name", NAMES)
 def test_every_start_is_red_for_the_reason_that_its_page_names(name, starts):
     """An import error would be red, too, and teach nothing."""
-    said = named_in(page(name))
+    said = red_at_first(name)
     found = starts[name]
     assert set(said) <= set(found), "a test that does not exist"
     red = {}
     for test, ends in found.items():
-        if set(ends) == {"skipped"}:
+        if test in RED_BY_CHANCE.get(name, ()):
+            said.pop(test, None)
+        elif set(ends) == {"skipped"}:
             said.pop(test, None)  # it needs another system than this one
         elif bad := set(ends) - {"passed", "skipped"}:
             red[test] = " ".join(sorted(bad))
