@@ -22,6 +22,7 @@ Contents, outermost first. Read down until you have what you came for.
     6  Request           RequestResponseCycle
     7  WebSocket         WebSocketState, check_handshake, WebSocketSession
     8  Frames            encode_frame, FrameDecoder, Deflate
+    9  Trace             start_trace, Row, Trace, Wire, TracedH11, traced
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ import http
 import importlib
 import inspect
 import ipaddress
+import itertools
 import logging
 import math
 import multiprocessing
@@ -57,10 +59,11 @@ import stat
 import struct
 import sys
 import threading
+import time
 import traceback
 import zlib
 from collections.abc import Awaitable, Callable, Iterable, Iterator, MutableMapping
-from typing import Any, BinaryIO, NoReturn
+from typing import Any, BinaryIO, NamedTuple, NoReturn
 from urllib.parse import unquote
 
 try:
@@ -207,6 +210,7 @@ class Config:
 
     log_level: str = option("info", "least level to log", choices=LEVELS)
     access_log: bool = option(True, "no line for each request")
+    trace: bool = option(False, "print what passes through each layer")
     header: Repeated = option(None, "field of each response; repeatable", "NAME:VALUE")
     server_header: bool = option(True, "no Server field")
     proxy_headers: bool = option(False, "believe X-Forwarded-For and -Proto")
@@ -754,18 +758,21 @@ class Server:
 
     async def start_accepting(self) -> None:
         self.tick()
-        tls: dict[str, Any] = {}
+        connect = functools.partial(HTTPConnection, self)
+        if self.config.trace:
+            connect = start_trace(self)
+        options: dict[str, Any] = {}
         if self.tls is not None:
             # The last is for the client's close_notify; nobody needs to wait for it.
             deadline = self.config.timeout_request_head or None
-            tls = {"ssl": self.tls, "ssl_handshake_timeout": deadline}
-            tls["ssl_shutdown_timeout"] = 0.5
+            options = {"ssl": self.tls, "ssl_handshake_timeout": deadline}
+            options["ssl_shutdown_timeout"] = 0.5
         for listener in self.listeners:
             # The argument called backlog is also how many connections asyncio accepts
             # in one turn of the loop. One: busy workers leave the rest to idle ones,
             # and out of descriptors is reported once. Then the real backlog again.
             acceptor = await self.loop.create_server(
-                lambda: HTTPConnection(self), sock=listener, backlog=1, **tls
+                connect, sock=listener, backlog=1, **options
             )
             listener.listen(self.config.backlog)
             self.acceptors.append(acceptor)
@@ -2091,7 +2098,7 @@ def check_handshake(scope: Scope) -> None:
     scope["type"] = "websocket"
     scope["scheme"] = {"http": "ws", "https": "wss"}[scope["scheme"]]
     scope["subprotocols"] = tokens(fields, b"sec-websocket-protocol")
-    kept = {name: v for name, v in scope["extensions"].items() if name == "tls"}
+    kept = {n: v for n, v in scope["extensions"].items() if n in ("tls", "foal.trace")}
     scope["extensions"] = {"websocket.http.response": {}, **kept}
 
 
@@ -2629,6 +2636,208 @@ ACCEPTABLE: dict[str, list[str | None]] = {  # parameter: its values (RFC 7692 �
     "server_max_window_bits": [*WINDOWS],
     "client_max_window_bits": [None, "8", *WINDOWS],
 }
+
+
+# ─────────────────────────────────────────────────────────────────────── 9. Trace ──
+#
+# What passed, where and when: --trace puts recorders between the parts, and the parts
+# do not know it. The wire is what stands before a protocol and a transport, h11 is a
+# subclass, ASGI and the app are a middleware. Without --trace none of this is made.
+#
+# But: under TLS, the wire is what TLS carries. The app is not offered pathsend, whose
+# bytes nobody here would see. A row takes time, and the next one shows it.
+
+LONGEST = 2000  # characters of a row
+WIDTH = 64  # of these in the printed table: two states of h11 fit beside it
+# The calls of a protocol and of a transport that are rows.
+TO_APP = ("data_received", "eof_received", "connection_lost")
+TO_APP += ("pause_writing", "resume_writing")
+TO_CLIENT = ("write", "write_eof", "close", "abort", "pause_reading", "resume_reading")
+
+
+def start_trace(server: Server) -> Callable[[], Any]:
+    """Trace the app, and every connection that the result makes."""
+    listeners = [table(f"[{os.getpid()}] " if server.lifeline else "")]
+    numbers = itertools.count(1)
+    server.app = traced(server.app)
+
+    def connect() -> Wire:
+        connection, trace = HTTPConnection(server), Trace(next(numbers), listeners)
+        connection.conn = trace.conn
+        return Wire(connection, trace)
+
+    return connect
+
+
+class Row(NamedTuple):
+    """One thing that passed."""
+
+    connection: int  # in the order in which they were accepted
+    request: int  # of this connection
+    first: bool  # row of the request
+    microseconds: int  # since the connection was accepted
+    layer: str  # "wire", "h11", "ASGI" or "app"
+    direction: str  # "->" towards the app, "<-" towards the client, "--" neither
+    what: str  # in printable ASCII
+    states: tuple[str, str]  # h11's our_state and their_state after it
+
+
+def table(prefix: str) -> Callable[[Row], None]:
+    """A listener that prints. Only h11's rows show its states: no other changes one."""
+
+    def print_row(row: Row) -> None:
+        label = f"{row.connection}.{row.request}"
+        what = row.what if len(row.what) <= WIDTH else row.what[: WIDTH - 3] + "..."
+        place = f"{label:<6}{row.microseconds:>12,}  {row.layer:<4}  {row.direction}  "
+        line = f"{prefix}{place}{what:<{WIDTH}}  "
+        states = ", ".join(row.states) if row.layer == "h11" else ""
+        if row.first:
+            head = f"{prefix}-- connection {row.connection}, request {row.request} "
+            head = f"{head:-<{len(line) - 2}}  our state, their state\n"
+        # In one piece, because workers share a terminal.
+        sys.stderr.write(f"{head if row.first else ''}{(line + states).rstrip()}\n")
+
+    return print_row
+
+
+class Trace:
+    """What passes on one connection, told to all who listen."""
+
+    def __init__(self, number: int, listeners: list[Callable[[Row], None]]) -> None:
+        self.number = number
+        self.listeners = listeners
+        self.accepted = time.perf_counter()  # finer than a loop's clock on Windows
+        self.conn = TracedH11(self)
+        self.request = 1  # the one that h11 is at
+        self.latest = 0  # request that has a row
+
+    def record(self, layer: str, direction: str, what: str, request: int = 0) -> None:
+        request = request or self.request
+        first, self.latest = request > self.latest, max(request, self.latest)
+        micros = int((time.perf_counter() - self.accepted) * 1e6)
+        what = what[: LONGEST + 1]  # and longer again, once it is escaped
+        what = re.sub(r"[^ -~]", lambda found: ascii(found[0])[1:-1], what)
+        what = what if len(what) <= LONGEST else what[: LONGEST - 3] + "..."
+        states = (str(self.conn.our_state), str(self.conn.their_state))
+        place = (self.number, request, first, micros, layer, direction)
+        for listener in list(self.listeners):
+            try:
+                listener(Row(*place, what, states))
+            except Exception as exc:  # foreign code: nobody is served worse for it
+                logger.error("no more rows for %r: %r", listener, exc)
+                self.listeners[:] = [x for x in self.listeners if x is not listener]
+
+    @contextlib.contextmanager
+    def raising(self, layer: str, direction: str, request: int = 0) -> Iterator[None]:
+        try:
+            yield
+        except BaseException as exc:  # a row, and on it goes
+            self.record(layer, direction, f"raises {shown(exc)}", request)
+            raise
+
+
+def shown(value: Any) -> str:
+    """Bytes, an event of h11, a message of ASGI or anything else, in one line."""
+    try:
+        match value:
+            case bytes() | bytearray():  # the latter from Windows' proactor
+                return f"{len(value)} B {bytes(value[:LONGEST])!r}"
+            case h11.Request():
+                return f"Request {value.method.decode()} {value.target.decode()}"
+            case h11.Response() | h11.InformationalResponse():
+                return f"{type(value).__name__} {value.status_code}"
+            case h11.Data():
+                return f"Data {shown(value.data)}"
+            case h11.Event():
+                return type(value).__name__
+            case {"type": str(kind), **rest}:
+                return " ".join([kind, *(f"{key}={rest[key]!r}" for key in rest)])
+        return repr(value)
+    except Exception:  # a repr of the app's is foreign code
+        return f"a {type(value).__name__}"
+
+
+class Wire:
+    """Stands before a protocol or a transport, and records what passes."""
+
+    def __init__(self, behind: Any, trace: Trace, facing: Wire | None = None) -> None:
+        self.behind = behind
+        self.trace = trace
+        self.facing = facing  # a transport's is the protocol, which may be replaced
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in TO_APP + TO_CLIENT:
+            return getattr(self.behind, name)
+        direction = "->" if name in TO_APP else "<-"
+
+        def call(*values: Any) -> Any:
+            self.trace.record("wire", direction, " ".join([name, *map(shown, values)]))
+            with self.trace.raising("wire", "--"):
+                return getattr(self.behind, name)(*values)  # now: uvloop keeps call
+
+        return call
+
+    def connection_made(self, transport: asyncio.Transport) -> None:
+        self.behind.connection_made(Wire(transport, self.trace, self))
+        self.trace.record("wire", "->", f"connection_made by {self.behind.peer}")
+        found = {"trace": self.trace, "listeners": self.trace.listeners}
+        self.behind.extensions["foal.trace"] = found
+        self.behind.extensions.pop("http.response.pathsend", None)
+
+    def set_protocol(self, protocol: asyncio.Protocol) -> None:
+        self.facing.behind = protocol
+
+
+class TracedH11(h11.Connection):
+    """Records the events that leave h11 and enter it."""
+
+    def __init__(self, trace: Trace) -> None:
+        super().__init__(h11.SERVER, HEAD_LIMIT)
+        self.trace = trace
+
+    def next_event(self) -> Any:
+        with self.trace.raising("h11", "->"):
+            event = super().next_event()
+        self.trace.record("h11", "->", shown(event))
+        return event
+
+    def send(self, event: h11.Event) -> bytes | None:
+        with self.trace.raising("h11", "<-"):
+            data = super().send(event)
+        self.trace.record("h11", "<-", shown(event))
+        return data
+
+    def start_next_cycle(self) -> None:
+        super().start_next_cycle()
+        self.trace.record("h11", "--", "start_next_cycle")
+        self.trace.request += 1
+
+
+def traced(app: ASGIApp) -> ASGIApp:
+    """A middleware that records the app's messages, and how it begins and ends."""
+
+    async def traced_app(scope: Scope, receive: Receive, send: Send) -> None:
+        trace: Trace = scope["extensions"]["foal.trace"]["trace"]
+        request = trace.request  # its rows may go on when the next has begun
+
+        async def traced_receive() -> Message:
+            trace.record("ASGI", "<-", "receive()", request)
+            with trace.raising("ASGI", "->", request):
+                message = await receive()
+            trace.record("ASGI", "->", shown(message), request)
+            return message
+
+        async def traced_send(message: Message) -> None:
+            trace.record("ASGI", "<-", shown(message), request)
+            with trace.raising("ASGI", "->", request):
+                await send(message)
+
+        trace.record("app", "->", f"called: {scope['type']} {scope['path']}", request)
+        with trace.raising("app", "<-", request):
+            await app(scope, traced_receive, traced_send)
+        trace.record("app", "<-", "returns", request)
+
+    return traced_app
 
 
 if __name__ == "__main__":
