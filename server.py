@@ -2708,10 +2708,13 @@ class Trace:
         self.listeners = listeners
         self.accepted = time.perf_counter()  # finer than a loop's clock on Windows
         self.conn = TracedH11(self)
-        self.request = 1  # the one that h11 is at
+        self.request = 1  # the one that h11 is at ...
+        self.over = False  # ... or was, until something more comes in
         self.latest = 0  # request that has a row
 
     def record(self, layer: str, direction: str, what: str, request: int = 0) -> None:
+        if self.over and direction == "->" and not request:
+            self.request, self.over = self.request + 1, False
         request = request or self.request
         first, self.latest = request > self.latest, max(request, self.latest)
         micros = int((time.perf_counter() - self.accepted) * 1e6)
@@ -2810,7 +2813,7 @@ class TracedH11(h11.Connection):
     def start_next_cycle(self) -> None:
         super().start_next_cycle()
         self.trace.record("h11", "--", "start_next_cycle")
-        self.trace.request += 1
+        self.trace.over = True
 
 
 def traced(app: ASGIApp) -> ASGIApp:
