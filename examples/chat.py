@@ -4,8 +4,10 @@
 #
 # Run:   python server.py chat:app
 # Try:   open http://localhost:8000 in two tabs, and write in both
-# Look:  server.py, chapter 7, send (it waits for a client that reads slowly: here one
-#        slow reader holds up the speaker; a queue for each client is a good exercise)
+# Look:  server.py, chapter 7, WebSocketSession (its send waits for a client that reads
+#        slowly: one holds up the speaker; a queue for each client is a good exercise)
+
+import itertools
 
 PAGE = b"""<!doctype html><meta charset="utf-8"><title>chat</title>
 <ul id="said"></ul><form><input id="words" autofocus autocomplete="off"></form><script>
@@ -18,6 +20,7 @@ document.forms[0].onsubmit = event => {
   event.preventDefault(); socket.send(words.value); words.value = ""
 }</script>"""
 HTML = [(b"content-type", b"text/html; charset=utf-8")]
+numbers = itertools.count(1)  # a port would not do: behind a proxy all have the same
 everybody = {}  # their send functions, by name
 
 
@@ -28,12 +31,12 @@ async def app(scope, receive, send):
     elif scope["type"] == "websocket":
         await receive()  # websocket.connect
         await send({"type": "websocket.accept"})
-        name = "guest %d" % scope["client"][1]
+        name = f"guest {next(numbers)}"
         everybody[name] = send
         try:
             await say(f"{name} is here")
             while (message := await receive())["type"] == "websocket.receive":
-                await say(f"{name}: {message['text']}")
+                await say(f"{name}: {message.get('text') or 'bytes'}")
         finally:
             del everybody[name]
         await say(f"{name} has left")

@@ -17,6 +17,6 @@ async def app(scope, receive, send):
         message = await receive()
         if message["type"] == "http.disconnect":
             return  # half an upload: nobody waits for the other half of the answer
-        more_body = message["more_body"]
-        part = {"body": message["body"], "more_body": more_body}
+        more_body = message.get("more_body", False)  # both keys are optional
+        part = {"body": message.get("body", b""), "more_body": more_body}
         await send({"type": "http.response.body", **part})

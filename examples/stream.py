@@ -3,9 +3,9 @@
 # Spec: ASGI www, "Response Body - send event", "Disconnected Client - send exception".
 #
 # Run:   python server.py stream:app
-# Try:   curl -N --limit-rate 10k localhost:8000 >/dev/null   (watch: send waits for you)
+# Try:   curl -N --limit-rate 10k localhost:8000 >/dev/null   (see send wait for you)
 #        then Ctrl-C curl: send raises, and the log says after how much
-# Look:  server.py, chapter 6, send; chapter 5, pause_writing
+# Look:  server.py, chapter 6, send_body; chapter 5, HTTPConnection and pause_writing
 
 PIECE = b"sixteen bytes:)\n" * 4096  # 64 KiB
 
@@ -15,6 +15,8 @@ async def app(scope, receive, send):
         raise NotImplementedError(scope["type"])
     headers = [(b"content-type", b"text/plain")]
     await send({"type": "http.response.start", "status": 200, "headers": headers})
+    if scope["method"] == "HEAD":  # no content to wait for: the loop below would spin
+        return await send({"type": "http.response.body"})
     sent = 0
     try:
         while True:

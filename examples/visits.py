@@ -4,7 +4,8 @@
 #
 # Run:   python server.py visits:app
 # Try:   curl localhost:8000; curl localhost:8000; then Ctrl-C the server
-# Look:  server.py, chapter 4; chapter 5, start_request (each request gets a copy)
+# Look:  server.py, chapter 4, Lifespan; chapter 5, HTTPConnection (a copy for each
+#        request, and with --workers a counter for each process)
 
 
 async def app(scope, receive, send):

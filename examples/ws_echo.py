@@ -4,9 +4,9 @@
 #
 # Run:   python server.py ws_echo:app
 # Try:   in a browser's console, on any page of http://localhost:8000:
-#        s = new WebSocket("ws://localhost:8000"); s.onmessage = e => console.log(e.data)
-#        s.send("hello")
-# Look:  server.py, chapter 7, receive and send
+#        s = new WebSocket("ws://localhost:8000")
+#        s.onmessage = event => console.log(event.data); s.send("hello")
+# Look:  server.py, chapter 7, WebSocketSession
 
 
 async def app(scope, receive, send):
