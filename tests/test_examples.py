@@ -256,43 +256,42 @@ app = bridge(validator(inner))
 """
 
 
-class TestPathsend:
-    @pytest.mark.parametrize("name", ["pathsend", "without"])
-    def test_it_sends_files_with_the_extension_and_without(self, name, tmp_path):
-        (tmp_path / "without.py").write_text(
-            "import pathsend\n"
-            "async def app(scope, *channels):\n"
-            "    scope = {**scope, 'extensions': {}}\n"
-            "    await pathsend.app(scope, *channels)\n"
-        )
-        with Process(f"{name}:app", "--port", 0, "--app-dir", tmp_path) as process:
-            port = process.port()
-            content = (ROOT / "examples" / "chat.py").read_bytes()
-            with process.connect(port) as client:
-                for method in ("GET", "HEAD"):
-                    client.send(f"{method} /chat.py HTTP/1.1\r\nHost: x\r\n\r\n".encode())
-                    status, fields, body = client.response(method)
-                    assert (status, fields["content-length"]) == (200, str(len(content)))
-                    assert body == (content if method == "GET" else b"")
-                for path in ("/../README.md", "/..%2FREADME.md", "/", "//etc/passwd"):
-                    client.send(f"GET {path} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
-                    assert client.response()[0] == 404
+SHOWN = """
+import pathsend
 
-    def test_it_uses_the_extension(self, tmp_path):
-        """Its messages say so: the body above is the same either way."""
-        (tmp_path / "shown.py").write_text(
-            "import pathsend\n"
-            "async def app(scope, receive, send):\n"
-            "    async def show(message):\n"
-            "        print(message['type'], flush=True)\n"
-            "        await send(message)\n"
-            "    await pathsend.app(scope, receive, show)\n"
-        )
-        with Process("shown:app", "--port", 0, "--app-dir", tmp_path) as process:
-            with process.connect(process.port()) as client:
-                client.send(GET.replace(b"/ ", b"/chat.py ", 1))
-                assert client.response()[0] == 200
-            process.wait_for("^http.response.pathsend$")
+async def with_it(scope, receive, send):
+    async def show(message):
+        print(message["type"], flush=True)
+        await send(message)
+    await pathsend.app(scope, receive, show)
+
+async def without(scope, receive, send):
+    await with_it({**scope, "extensions": {}}, receive, send)
+"""
+
+
+@pytest.mark.parametrize("app, expected", [("with_it", "pathsend"), ("without", "body")])
+def test_pathsend_uses_the_extension_where_there_is_one(app, expected, tmp_path):
+    (tmp_path / "shown.py").write_text(SHOWN)
+    content = (ROOT / "examples" / "chat.py").read_bytes()
+    with Process(f"shown:{app}", "--port", 0, "--app-dir", tmp_path) as process:
+        with process.connect(process.port()) as client:
+            for method in ("GET", "HEAD"):
+                client.send(f"{method} /chat.py HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+                status, fields, body = client.response(method)
+                assert (status, fields["content-length"]) == (200, str(len(content)))
+                assert body == (content if method == "GET" else b"")
+                process.wait_for("^http.response.start$")
+                process.wait_for(f"^http.response.{expected}$")
+    assert process.output.count("pathsend") == (2 if expected == "pathsend" else 0)
+
+
+def test_pathsend_sends_nothing_that_it_has_not_listed():
+    with Process("pathsend:app", "--port", 0) as process:
+        with process.connect(process.port()) as client:
+            for path in ("/../README.md", "/..%2FREADME.md", "/", "//etc/passwd"):
+                client.send(f"GET {path} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+                assert client.response()[0] == 404
 
 
 def test_slow_is_waited_for_with_its_job():
