@@ -6,7 +6,7 @@
 #        with --trace behind it: without, the page says that there is nothing to see
 # Try:   open http://localhost:8000, press a button, and step with the arrow keys;
 #        curl localhost:8000/hello is drawn as well, and so is what telnet says
-# Look:  server.py, chapter 9, for the rows; microscope.html for how they are drawn
+# Look:  server.py, chapter 9, start_trace and Row
 #
 # But: the buttons speak plain TCP to whoever accepts: use one worker, and no TLS.
 

@@ -32,7 +32,8 @@ def test_an_example_says_what_it_shows_and_how_to_run_it(name):
 def test_an_example_points_to_names_that_exist(name):
     """`Look:  server.py, chapter 6, send and start_response (a remark); chapter 4, …`"""
     head = text_of(f"examples/{name}").partition("\n\n")[0]
-    look = re.sub(r"\n#\s+", " ", head.partition("# Look:")[2])
+    look = head.partition("# Look:")[2].partition("\n#\n")[0]
+    look = re.sub(r"\n#\s+", " ", look)
     look = re.sub(r"\(.*?\)", "", look)
     module = chapter = ""
     for place in look.split(";"):
