@@ -402,7 +402,7 @@ def serve_in_worker(
     pipe: multiprocessing.connection.Connection,
 ) -> None:
     """Be the child: the target of every worker process."""
-    workers.ignore_group_signals()
+    workers.ignore_group_signals()  # walk: worker 2
     for listener in listeners:
         listener.set_inheritable(False)  # spawn had to make it so (PEP 446)
     configure_logging(config, worker=True)
@@ -724,7 +724,7 @@ class Server:
         finally:  # also when the task that serves is cancelled
             self.stopping.set()
             await self.stop_accepting()
-            await self.finish_requests()
+            await self.finish_requests()  # walk: worker 7
             await self.lifespan.shutdown()
             self.log("stopped")
 
@@ -777,7 +777,7 @@ class Server:
             listener.listen(self.config.backlog)
             self.acceptors.append(acceptor)
         if self.lifeline:
-            self.lifeline.say("ready")
+            self.lifeline.say("ready")  # walk: worker 3
         else:
             announce(self.config, self.listeners)
 
@@ -827,7 +827,7 @@ class Server:
         """
         self.ticker = self.loop.call_later(TICK, self.tick)
         if self.lifeline:
-            self.lifeline.say("alive")
+            self.lifeline.say("alive")  # walk: worker 4
         date = (b"date", email.utils.formatdate(usegmt=True).encode())
         if date != self.date:
             self.date = date
@@ -1083,7 +1083,7 @@ class HTTPConnection(asyncio.Protocol):
             with contextlib.suppress(OSError):  # it may have left already
                 sock = transport.get_extra_info("socket")
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self.scope = {
+        self.scope = {  # walk: 2
             "type": "http",
             "asgi": {"version": "3.0", "spec_version": "2.5"},
             "server": tuple(own[:2]) if tcp and own else (os.fsdecode(own or ""), None),
@@ -1142,7 +1142,7 @@ class HTTPConnection(asyncio.Protocol):
         while (event := conn.next_event()) is not h11.NEED_DATA:
             kind = type(event)
             if kind is h11.Request:
-                self.start_request(event)
+                self.start_request(event)  # walk: 4
             elif kind is h11.Data:
                 self.cycle.body_received(event.data)
             else:
@@ -1157,7 +1157,7 @@ class HTTPConnection(asyncio.Protocol):
         self.turn += 1
         fields = [(name.lower(), value) for name, value in request.headers.raw_items()]
         last = dict(fields)
-        check_request(request, fields, last)
+        check_request(request, fields, last)  # walk: 5
         if b"content-length" in last or b"transfer-encoding" in last:
             self.gate.expect_body()
         if len(server.tasks) >= server.most_tasks:
@@ -1170,7 +1170,7 @@ class HTTPConnection(asyncio.Protocol):
             scope.update(forwarded(scope, server.proxies))
         kind = RequestResponseCycle
         if b"upgrade" in last and wants_websocket(scope):
-            check_handshake(scope)
+            check_handshake(scope)  # walk: ws 1
             kind = WebSocketSession
         self.cycle = cycle = kind(self, request, scope)
         # Not loop.create_task: its extra layer costs 3 %. A fresh context, because we
@@ -1231,7 +1231,7 @@ class HTTPConnection(asyncio.Protocol):
         self.joined.clear()
         self.joined_size = 0
         if data and not self.transport.is_closing():
-            self.transport.write(data)
+            self.transport.write(data)  # walk: 10
 
     def pause_writing(self) -> None:
         self.writable.clear()
@@ -1255,7 +1255,7 @@ class HTTPConnection(asyncio.Protocol):
         if not again or server.stopping.is_set():
             self.close()  # with part of the request unread, too (RFC 9112 §9.3)
             return
-        conn.start_next_cycle()
+        conn.start_next_cycle()  # walk: 11
         self.request = None
         self.gate.head = b""
         self.deadline = 0.0
@@ -1345,7 +1345,7 @@ class HTTPConnection(asyncio.Protocol):
             self.transport.close()
         elif not self.transport.is_closing():
             try:
-                self.transport.write_eof()
+                self.transport.write_eof()  # walk: 12
                 self.transport.resume_reading()
             except (OSError, NotImplementedError):
                 self.transport.close()  # the client has reset it; or it is TLS
@@ -1588,7 +1588,7 @@ class Gate:
         longest = TARGET_LIMIT + 64  # with a method and a version around the target
         if len(buffer) > longest and b"\n" not in buffer[:longest]:
             raise h11.RemoteProtocolError("request line too long", 414)
-        self.head = self.take_lines()
+        self.head = self.take_lines()  # walk: 3
         return self.head
 
     def take_lines(self) -> bytes:
@@ -1730,7 +1730,7 @@ class RequestResponseCycle:
         """The life of a request. Never raises: nobody awaits its task."""
         server = self.connection.server
         try:
-            await server.app(self.scope, self.receive, self.send)
+            await server.app(self.scope, self.receive, self.send)  # walk: 6
             if self.state is not ResponseState.COMPLETE and not self.hung_up:
                 raise RuntimeError("the app returned before its response was complete")
         except BaseException as exc:  # the app is foreign code, and may say sys.exit()
@@ -1794,7 +1794,7 @@ class RequestResponseCycle:
         self.maybe_send_continue()
         while not self.hung_up and self.state is not ResponseState.COMPLETE:
             if self.body or self.body_state is BodyState.ARRIVED:
-                return self.take_body()
+                return self.take_body()  # walk: 7
             if self.body_state is BodyState.TAKEN and self.connection.gate.eof:
                 break
             self.change = self.change or asyncio.Event()
@@ -1854,7 +1854,7 @@ class RequestResponseCycle:
     def start_response(self, message: Message) -> None:
         server = self.connection.server
         status, fields = message["status"], message.get("headers", ())
-        self.response, self.length = server.response(status, fields)
+        self.response, self.length = server.response(status, fields)  # walk: 8
         if message.get("trailers") and "http.response.trailers" in self.extensions:
             self.trailers = []
         if status in (204, 304):  # never with content (RFC 9110 §6.4.1)
@@ -1873,7 +1873,7 @@ class RequestResponseCycle:
         if conn.our_state is h11.SEND_RESPONSE:
             data = self.head(len(body), more_body)
         if body and not self.no_content:
-            data += conn.send(h11.Data(data=body))
+            data += conn.send(h11.Data(data=body))  # walk: 9
             self.sent += len(body)
         if more_body:
             connection.write(data)
@@ -2166,7 +2166,7 @@ class WebSocketSession(RequestResponseCycle, asyncio.Protocol):
             await self.change.wait()
         if not self.messages:
             return dict(self.disconnect)
-        message = self.messages.popleft()
+        message = self.messages.popleft()  # walk: ws 5
         before = self.messages_size
         self.messages_size -= size_of(message)
         if before > HIGH_WATER >= self.messages_size and self.decoder is not None:
@@ -2234,7 +2234,7 @@ class WebSocketSession(RequestResponseCycle, asyncio.Protocol):
         if self.deflate is not None:
             fields.append((b"sec-websocket-extensions", self.deflate.answer))
         switch = interim(101, [*fields, *server.with_common(extra)])
-        connection.write(connection.conn.send(switch))
+        connection.write(connection.conn.send(switch))  # walk: ws 2
         self.phase = WebSocketState.OPEN
         self.state = ResponseState.COMPLETE
         self.log_access(101)
@@ -2248,7 +2248,7 @@ class WebSocketSession(RequestResponseCycle, asyncio.Protocol):
         connection.flush()
         server.connections.discard(connection)
         server.connections.add(self)
-        self.transport.set_protocol(self)
+        self.transport.set_protocol(self)  # walk: ws 3
         self.transport.resume_reading()
         self.expect_something()
         eager, connection.gate.buffer = connection.gate.buffer, b""
@@ -2266,7 +2266,7 @@ class WebSocketSession(RequestResponseCycle, asyncio.Protocol):
         if deflated:
             payload = self.deflate.compress(payload)
         self.sent += len(payload)
-        self.transport.write(encode_frame(opcode, payload, rsv1=deflated))
+        self.transport.write(encode_frame(opcode, payload, rsv1=deflated))  # walk: ws 6
 
     def start_close(self, code: int, reason: str = "") -> None:
         """Say Close, and wait for the client to say it too (RFC 6455 §7.1.2)."""
@@ -2275,7 +2275,7 @@ class WebSocketSession(RequestResponseCycle, asyncio.Protocol):
         payload = code.to_bytes(2, "big") + reason.encode()
         if len(payload) > 125:
             raise ValueError("the reason of a close is at most 123 bytes")
-        self.transport.write(encode_frame(Opcode.CLOSE, payload))
+        self.transport.write(encode_frame(Opcode.CLOSE, payload))  # walk: ws 8
         self.phase = WebSocketState.CLOSING
         self.transport.resume_reading()  # to see theirs; it may be here already
         self.connection.loop.call_soon(self.data_received, b"")
@@ -2374,7 +2374,7 @@ class WebSocketSession(RequestResponseCycle, asyncio.Protocol):
         elif unsent or self.pinged or self.phase is not WebSocketState.OPEN:
             self.transport.abort()  # neither a pong, nor anything else
         elif self.transport.is_reading():
-            self.pinged = True
+            self.pinged = True  # walk: ws 7
             self.deadline = now + (self.config.ws_ping_timeout or math.inf)
             self.transport.write(encode_frame(Opcode.PING, b""))
         else:
@@ -2485,7 +2485,7 @@ class FrameDecoder:
             if opcode >= Opcode.CLOSE and len(self.buffer) < self.left:
                 return  # a control frame is short, and counts as a whole
             part, self.buffer = self.buffer[: self.left], self.buffer[self.left :]
-            payload = apply_mask(self.mask, part)
+            payload = apply_mask(self.mask, part)  # walk: ws 4
             self.left -= len(part)
             if opcode < Opcode.CLOSE:
                 turn = len(part) % 4

@@ -100,7 +100,7 @@ def listen_on(family: int, address: tuple, backlog: int) -> socket.socket:
             # Else "::" takes IPv4 as well, and 0.0.0.0 beside it is "in use".
             listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
         listener.bind(address)
-        listener.listen(backlog)
+        listener.listen(backlog)  # walk: 1
     except OSError as exc:
         listener.close()
         shown = (

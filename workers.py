@@ -115,7 +115,7 @@ class Worker:
             multiprocessing.resource_tracker.ensure_running()
             signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
-            self.process.start()
+            self.process.start()  # walk: worker 1
         finally:
             theirs.close()
             if blocked:
@@ -130,7 +130,7 @@ class Worker:
     def stop(self, grace: float) -> None:
         """Ask it to leave. `push` makes that less of a question as time goes by."""
         if self.state is not State.LEAVING:
-            self.state = State.LEAVING
+            self.state = State.LEAVING  # walk: worker 6
             self.pipe.close()
             self.steps = [self.process.kill, self.process.terminate]
             self.next_step = time.monotonic() + grace
@@ -247,7 +247,7 @@ class Supervisor:
         )
         surplus = len(ready) + len(outdated) - self.count
         for worker in outdated[: max(0, surplus)]:
-            worker.stop(self.grace)
+            worker.stop(self.grace)  # walk: worker 5
         # One at a time until one has shown that it can start (its error is then shown
         # once), and one at a time for those that still serve.
         at_once = 1 if outdated or not ready else self.count
@@ -297,7 +297,7 @@ class Supervisor:
     def reap(self, worker: Worker) -> None:
         """A worker is dead: say why and for how long it ran, and decide what that
         means."""
-        self.workers.remove(worker)
+        self.workers.remove(worker)  # walk: worker 8
         worker.process.join()
         worker.pipe.close()
         fate = describe_exit(worker.process.exitcode)
