@@ -841,9 +841,8 @@ class Server:
             connection.look(now)
 
     def flush_soon(self, connection: HTTPConnection) -> None:
-        """The answers of one turn of the loop are written together, at its end: who
-        waits for them is woken once, not after each. It buys 10 %; and an app that
-        blocks the loop delays no answer but its own."""
+        """The answers of one turn of the loop are written together, at its end or after
+        LONGEST_TURN: a client that waits for several is woken once. It buys 10 %."""
         now = self.loop.time()
         if not self.unwritten:
             self.loop.call_soon(self.flush)
