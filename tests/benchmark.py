@@ -1,23 +1,24 @@
 """How fast is foal, beside the servers that happen to be installed?
 
     python tests/benchmark.py                     everything, some twenty minutes
-    python tests/benchmark.py --quick             every case once, to see that it works
+    python tests/benchmark.py --quick             once for a moment: does it work?
     python tests/benchmark.py --only hello,post --servers foal,uvicorn-h11
-    python tests/benchmark.py --foal ../before    another foal, as "foal-other"
+    python tests/benchmark.py --foal ../before    another foal too, as "foal-other"
 
 It runs with the Python that has the other servers installed; what is missing is left
 out. `wrk` makes the load if it is there, and a small asyncio client if not (always for
 WebSocket). Where the system can do it, the server has one core and the load the other.
 
 How to read it. CPU time per request (user and system, of all the server's processes) is
-the figure to trust: it stays the same while others use the machine. Requests per second
-mean something only where the server was busy all the time; others are marked with "~".
-Servers take turns within each round, a ratio is made of two figures of one round, and
-what is printed is the median of the rounds, with the least and the most of them.
-Above 1 is better than the server compared with (×, by default uvicorn on h11).
+the figure to trust: it stays much the same while others use the machine. Requests per
+second mean something only where the server was what made it slow; where its core was
+idle for a tenth of the time they are marked with "~". Servers take turns in each round;
+a ratio is of two figures of one round; what is printed is the median of the rounds,
+with the least and the most of them. In columns with "×", above 1 is better than
+uvicorn on h11.
 
-But: one machine, the loopback interface, apps that do nothing. A real application spends
-its time elsewhere.
+But: one machine, the loopback interface, an app that does nothing. A real application
+spends its time elsewhere.
 """
 
 from __future__ import annotations
@@ -29,7 +30,9 @@ import contextlib
 import dataclasses
 import importlib.util
 import inspect
+import itertools
 import json
+import math
 import os
 import shutil
 import socket
@@ -39,14 +42,14 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-CONNECTIONS = 64
-HEAD = "Host: 127.0.0.1\r\n"
-CORES = sorted(getattr(os, "sched_getaffinity", lambda _: [])(0))  # empty: cannot pin
 WRK = shutil.which("wrk")
+CONNECTIONS = 64
+MANY = 20_000  # requests, after which memory is looked at
+CORES = sorted(getattr(os, "sched_getaffinity", lambda _: ())(0))  # (): cannot choose
 
 
 # What is served: this application by every ASGI server, and below it two floors, which
@@ -158,97 +161,87 @@ def write_sources(folder: Path) -> None:
         (folder / f"{floor.__name__}.py").write_text(inspect.getsource(floor) + call)
 
 
-# Who serves: the command of each server.
+# Who serves: the command of each server, and what it needs.
 
 
 @dataclasses.dataclass
 class Peer:
-    command: list[str]  # {port} stands for the port
-    needs: tuple[str, ...] = ()
-    quiet: tuple[str, ...] = ()  # options without an access log,
-    logging: tuple[str, ...] | None = None  # and with one; None: it has none
-    websocket: bool = True
-    http: bool = True  # False: differs from another peer only in its WebSocket
-    only: str = ""  # the one case that makes sense
+    command: str  # for Python; {port} and {foal} are filled in
+    needs: str  # modules
+    quiet: str = ""  # options without an access log,
+    logging: str | None = None  # and with one; None: not compared
+    cases: str = "http ws"  # kinds of cases, or their names
 
 
-def peers(other: str | None) -> dict[str, Peer]:
-    """All peers that this Python can run."""
-    foal = ["server.py", "bench_app:app", "--app-dir", ".", "--port", "{port}"]
-    uvicorn = ["-m", "uvicorn", "bench_app:app", "--port", "{port}", "--http", "h11"]
-    uvicorn += ["--loop", "asyncio"]
-    in_c = [*uvicorn[:-3], "httptools", "--loop", "uvloop"]
-    at = ["127.0.0.1:{port}"]
-    quiet = ("--no-access-log",)
-    h11 = ("uvicorn", "h11")
-    found = {
-        "foal": Peer([str(ROOT / foal[0]), *foal[1:]], ("h11",), quiet, ()),
-        "foal-other": Peer([f"{other}/{foal[0]}", *foal[1:]], ("h11",), quiet, ()),
-        "uvicorn-h11": Peer(uvicorn, h11, quiet, (), websocket=False),
-        "uvicorn-wsproto": Peer(
-            [*uvicorn, "--ws", "wsproto"], (*h11, "wsproto"), quiet, http=False
-        ),
-        "uvicorn-websockets": Peer(
-            [*uvicorn, "--ws", "websockets"], (*h11, "websockets"), quiet, http=False
-        ),
-        "uvicorn-c": Peer(
-            in_c, ("uvicorn", "httptools", "uvloop", "websockets"), quiet, ()
-        ),
-        "hypercorn": Peer(
-            ["-m", "hypercorn", "-w", "0", "-b", *at, "bench_app:app"],
-            ("hypercorn",),
-            logging=("--access-logfile", "-"),
-        ),
-        "daphne": Peer(
-            ["-m", "daphne", "-v", "0", "-p", "{port}", "bench_app:app"],
-            ("daphne",),
-            logging=("--access-log", "-"),
-        ),
-        "granian": Peer(
-            ["-m", "granian", "--interface", "asgi", "--port", "{port}"]
-            + ["--no-log", "bench_app:app"],
-            ("granian",),
-            logging=None,
-        ),
-        "h11, no ASGI": Peer(["bare_h11.py", "{port}"], ("h11",), websocket=False),
-        "bare asyncio": Peer(["bare_asyncio.py", "{port}"], only="hello"),
-    }
-    if other is None:
-        del found["foal-other"]
-    there = importlib.util.find_spec
-    return {n: p for n, p in found.items() if all(there(need) for need in p.needs)}
+FOAL = "{foal}/server.py bench_app:app --app-dir . --port {port}"
+UVICORN = "-m uvicorn bench_app:app --port {port} --loop asyncio --http h11"
+UVICORN_C = "-m uvicorn bench_app:app --port {port} --loop uvloop --http httptools"
+HYPERCORN = "-m hypercorn -w 0 -b 127.0.0.1:{port} bench_app:app"
+DAPHNE = "-m daphne -v 0 -p {port} bench_app:app"
+GRANIAN = "-m granian --interface asgi --port {port} --no-log bench_app:app"
+QUIET = "--no-access-log"
+BASELINE = "uvicorn-h11", "uvicorn-wsproto"  # what the others are compared with
+FLOORS = "h11, no ASGI", "bare asyncio"
+PEERS = {
+    "foal": Peer(FOAL, "h11", QUIET, ""),
+    "foal-other": Peer(FOAL, "h11", QUIET, ""),
+    BASELINE[0]: Peer(UVICORN, "uvicorn h11", QUIET, "", "http"),
+    BASELINE[1]: Peer(
+        f"{UVICORN} --ws wsproto", "uvicorn h11 wsproto", QUIET, cases="ws"
+    ),
+    "uvicorn-websockets": Peer(
+        f"{UVICORN} --ws auto", "uvicorn h11 websockets", QUIET, cases="ws"
+    ),
+    "uvicorn-c": Peer(UVICORN_C, "uvicorn httptools uvloop websockets", QUIET, ""),
+    "hypercorn": Peer(HYPERCORN, "hypercorn", logging="--access-logfile -"),
+    "daphne": Peer(DAPHNE, "daphne", logging="--access-log -"),
+    "granian": Peer(GRANIAN, "granian"),
+    FLOORS[0]: Peer("bare_h11.py {port}", "h11", cases="http"),
+    FLOORS[1]: Peer("bare_asyncio.py {port}", "asyncio", cases="hello"),
+}
 
 
 class Running:
     """A server that runs, with what can be asked of it."""
 
-    def __init__(self, command: list[str], folder: Path, *, pin: bool = True) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
+    def __init__(self, command: str, run: Run, name: str, *, fd: int = -1) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as free:
             self.port = free.getsockname()[1]
+        foal = run.other if name == "foal-other" else ROOT
+        words = [w.format(port=self.port, foal=foal, fd=fd) for w in command.split()]
         self.started = time.perf_counter()
         self.process = subprocess.Popen(
-            [sys.executable, *(word.format(port=self.port) for word in command)],
-            cwd=folder,
-            env={**os.environ, "PYTHONPATH": str(folder)},
+            [sys.executable, *words],
+            cwd=run.folder,
+            env={**os.environ, "PYTHONPATH": str(run.folder)},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
-            preexec_fn=pin_to(0) if pin else None,
+            pass_fds=[fd] if fd >= 0 else (),
         )
+        if CORES and run.pinned:
+            os.sched_setaffinity(self.process.pid, CORES[:1])
+        if fd >= 0:
+            self.port = socket.socket(fileno=os.dup(fd)).getsockname()[1]
         self.wait_for_answer()
         self.seconds_to_answer = time.perf_counter() - self.started
 
     def wait_for_answer(self) -> None:
         while time.perf_counter() < self.started + 20 and self.process.poll() is None:
             with contextlib.suppress(OSError):
-                with socket.create_connection(("127.0.0.1", self.port), 5) as sock:
-                    sock.sendall(f"GET / HTTP/1.1\r\n{HEAD}\r\n".encode())
-                    if sock.recv(1000):
-                        return
+                self.ask("/")
+                return
             time.sleep(0.001)
         self.stop()
         raise SystemExit(f"does not answer: {' '.join(self.process.args)}")
+
+    def ask(self, path: str) -> bytes:
+        with socket.create_connection(("127.0.0.1", self.port), 5) as sock:
+            sock.sendall(Case("", path).packet())
+            answer = sock.recv(65536)
+            while not answer_size(answer):
+                answer += sock.recv(65536)
+        return answer
 
     def used(self) -> tuple[float, float]:
         """Seconds of CPU time so far, and MiB of memory, of all its processes."""
@@ -265,13 +258,6 @@ class Running:
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
-
-
-def pin_to(core: int) -> Callable[[], None] | None:
-    """For a new process: take only this core. None where that cannot be done."""
-    if len(CORES) < 2:
-        return None
-    return lambda: os.sched_setaffinity(0, {CORES[core]})
 
 
 def process_table() -> dict[int, tuple[int, float, float]]:
@@ -310,10 +296,14 @@ class Case:
     title: str
     path: str = "/"
     method: str = "GET"
-    headers: str = HEAD
+    headers: str = "Host: 127.0.0.1\r\n"
     body: bytes = b""
     access_log: bool = False
     frame: int = 0  # bytes of a WebSocket message; 0 for HTTP
+
+    @property
+    def kind(self) -> str:
+        return "ws" if self.frame else "http"
 
     def packet(self) -> bytes:
         """One request, or one frame, as bytes."""
@@ -333,22 +323,19 @@ class Case:
         return "\n".join(lines) + WRK_DONE
 
 
-BROWSER = HEAD + "".join(
-    f"{line}\r\n"
-    for line in (
-        "User-Agent: Mozilla/5.0 (X11; Linux x86_64; rv:140.0) Gecko/20100101 Firefox/140.0",
-        "Accept: text/html,application/xhtml+xml,application/xml;q=0.9,*/*;q=0.8",
-        "Accept-Language: en-GB,en;q=0.5",
-        "Accept-Encoding: gzip, deflate, br, zstd",
-        "Referer: http://127.0.0.1/an/earlier/page",
-        "Connection: keep-alive",
-        "Cookie: session=4f2c7a90d1e84b6f; theme=dark; consent=yes",
-        "Upgrade-Insecure-Requests: 1",
-        "Sec-Fetch-Dest: document",
-        "Sec-Fetch-Mode: navigate",
-        "Sec-Fetch-Site: same-origin",
-    )
-)
+BROWSER = """Host: 127.0.0.1
+User-Agent: Mozilla/5.0 (X11; Linux x86_64; rv:140.0) Gecko/20100101 Firefox/140.0
+Accept: text/html,application/xhtml+xml,application/xml;q=0.9,*/*;q=0.8
+Accept-Language: en-GB,en;q=0.5
+Accept-Encoding: gzip, deflate, br, zstd
+Referer: http://127.0.0.1/an/earlier/page
+Connection: keep-alive
+Cookie: session=4f2c7a90d1e84b6f; theme=dark; consent=yes
+Upgrade-Insecure-Requests: 1
+Sec-Fetch-Dest: document
+Sec-Fetch-Mode: navigate
+Sec-Fetch-Site: same-origin
+""".replace("\n", "\r\n")
 
 CASES = {
     "hello": Case("13 bytes back"),
@@ -372,14 +359,15 @@ end
 """
 
 
-def encode_text_frame(payload: bytes) -> bytes:
+def encode_text_frame(content: bytes) -> bytes:
     """As a client sends it: masked (RFC 6455 §5.2)."""
-    size, mask = len(payload), b"\x37\xfa\x21\x3d"
-    head = bytes((0x81, 0x80 | size)) if size < 126 else b""
-    if 126 <= size < 2**16:
-        head = b"\x81\xfe" + size.to_bytes(2, "big")
-    head = head or b"\x81\xff" + size.to_bytes(8, "big")
-    return head + mask + bytes(c ^ mask[i % 4] for i, c in enumerate(payload))
+    size, mask = len(content), b"\x37\xfa\x21\x3d"
+    head = b"\x81" + bytes([0x80 | size])
+    if size > 125:
+        wide = size >= 2**16
+        head = (b"\x81\xff" if wide else b"\x81\xfe") + size.to_bytes(8 if wide else 2)
+    masked = bytes(a ^ b for a, b in zip(content, itertools.cycle(mask), strict=False))
+    return head + mask + masked
 
 
 # The load.
@@ -417,8 +405,8 @@ def measure(server: Running, case: Case, seconds: float) -> Sample:
     return sample
 
 
-def load(port: int, case: Case, seconds: float, count: float = float("inf")) -> Sample:
-    if case.frame or not WRK or count != float("inf"):
+def load(port: int, case: Case, seconds: float, count: float = math.inf) -> Sample:
+    if case.frame or not WRK or count != math.inf:
         return asyncio.run(Load(port, case).run(seconds, count))
     with tempfile.NamedTemporaryFile("w", suffix=".lua") as script:
         script.write(case.script())
@@ -427,7 +415,7 @@ def load(port: int, case: Case, seconds: float, count: float = float("inf")) -> 
         command = [WRK, "-t1", f"-c{CONNECTIONS}", f"-d{max(1, round(seconds))}s"]
         command += ["--latency", "-s", script.name]
         command.append(f"http://127.0.0.1:{port}{case.path}")
-        output = subprocess.check_output(command, text=True, preexec_fn=pin_to(-1))
+        output = subprocess.check_output(command, text=True)
     return Sample(**json.loads(output.strip().splitlines()[-1]))
 
 
@@ -435,12 +423,13 @@ class Load:
     """The small generator: each connection sends, waits for as many bytes as the first
     answer had, and sends again."""
 
-    def __init__(self, port: int, case: Case) -> None:
+    def __init__(self, port: int, case: Case, connections: int = CONNECTIONS) -> None:
         self.port, self.case, self.packet = port, case, case.packet()
+        self.connections = connections
         self.times: list[float] = []
         self.lost = 0
         self.size = 0
-        self.left = float("inf")  # requests still to send
+        self.left = math.inf  # requests still to send
 
     async def run(self, seconds: float, count: float) -> Sample:
         loop, self.left = asyncio.get_running_loop(), count
@@ -451,7 +440,7 @@ class Load:
                     lambda: Exchange(self), "127.0.0.1", self.port
                 )
             )
-            for _ in range(CONNECTIONS)
+            for _ in range(self.connections)
         ]
         started = time.perf_counter()
         for _, exchange in connections:
@@ -481,7 +470,7 @@ class Exchange(asyncio.Protocol):
     def start(self) -> None:
         if self.handshake:
             key = base64.b64encode(bytes(16)).decode()
-            fields = f"Upgrade: websocket\r\nConnection: Upgrade\r\n{HEAD}"
+            fields = "Host: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
             fields += f"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: {key}\r\n"
             self.transport.write(f"GET / HTTP/1.1\r\n{fields}\r\n".encode())
         else:
@@ -531,83 +520,87 @@ def answer_size(data: bytes) -> int:
     return len(data) if body.endswith(b"0\r\n\r\n") else 0
 
 
-# What is compared. Each function takes the same three things, and prints a table.
+# What is compared. Each of these functions prints a table.
 
 
 @dataclasses.dataclass
 class Run:
     """What the command line asked for, and what was found."""
 
-    peers: dict[str, Peer]
-    folder: Path
+    folder: Path  # with the sources of what is served
+    other: str  # path of another foal
     seconds: float
     rounds: int
-    summary: dict[str, dict[str, str]] = dataclasses.field(default_factory=dict)
+    peers: dict[str, Peer] = dataclasses.field(default_factory=dict)
+    summary: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
+    pinned: bool = bool(CORES)
 
-    @contextlib.contextmanager
-    def servers(self, options: dict[str, list[str]]) -> Iterator[dict[str, Running]]:
-        """Run these peers, each with its extra options, for as long as the block."""
-        running: dict[str, Running] = {}
-        try:
-            for name, extra in options.items():
-                command = [*self.peers[name].command, *extra]
-                running[name] = Running(command, self.folder)
-            yield running
-        finally:
-            for server in running.values():
-                server.stop()
+    def start(self, name: str, options: str | None = None, **more: int) -> Running:
+        peer = self.peers[name]
+        options = peer.quiet if options is None else options
+        return Running(f"{peer.command} {options}", self, name, **more)
+
+    def asgi(self) -> list[str]:
+        """The peers that serve the app over HTTP."""
+        names = [n for n, peer in self.peers.items() if "http" in peer.cases]
+        return [name for name in names if name not in FLOORS]
+
+
+@contextlib.contextmanager
+def stopping(servers: dict[str, Running]) -> Iterator[dict[str, Running]]:
+    try:
+        yield servers
+    finally:
+        for server in servers.values():
+            server.stop()
 
 
 def compare(run: Run, name: str, case: Case) -> None:
-    """The table of one case: all servers run, and take turns in being loaded."""
-    options = {}
-    for peer_name, peer in run.peers.items():
-        extra = peer.logging if case.access_log else peer.quiet
-        suits = peer.websocket if case.frame else peer.http
-        if suits and extra is not None and peer.only in ("", name):
-            options[peer_name] = [*extra]
-    samples: dict[str, list[Sample]] = {name: [] for name in options}
-    with run.servers(options) as servers:
+    """One case: all servers run, and take turns in being loaded."""
+    samples: dict[str, list[Sample]] = {}
+    with stopping({}) as servers:
+        for peer_name, peer in run.peers.items():
+            options = peer.logging if case.access_log else peer.quiet
+            suits = {name, case.kind} & set(peer.cases.split())
+            if suits and options is not None:
+                servers[peer_name] = run.start(peer_name, options)
+                samples[peer_name] = []
         for _ in range(run.rounds):
             for peer_name, server in servers.items():
                 samples[peer_name].append(measure(server, case, run.seconds))
-    baseline = "uvicorn-wsproto" if case.frame else "uvicorn-h11"
-    baseline = baseline if baseline in samples else next(iter(samples))
-    print_comparison(run, name, case, samples, baseline)
-
-
-def print_comparison(
-    run: Run, name: str, case: Case, samples: dict[str, list[Sample]], baseline: str
-) -> None:
+    heads = ["", "µs CPU", "×", "requests/s", "×", "p50 ms", "p99 ms", "×", "errors"]
+    baseline = next((samples[n] for n in BASELINE if n in samples), None)
     rows = []
     for peer_name, ours in samples.items():
-        pairs = list(zip(samples[baseline], ours, strict=True))
-        cpu = [theirs.micros / mine.micros for theirs, mine in pairs if mine.cpu]
-        rate = [mine.rate / theirs.rate for theirs, mine in pairs]
-        sure = "" if all(theirs.busy and mine.busy for theirs, mine in pairs) else "~"
-        errors = sum(sample.errors for sample in ours)
+        theirs = baseline or ours
+        cpu = ratios([s.micros for s in theirs], [s.micros for s in ours])
+        rate = ratios([s.rate for s in ours], [s.rate for s in theirs])
+        late = ratios([s.p99 for s in theirs], [s.p99 for s in ours])
+        sure = "" if all(sample.busy for sample in ours + theirs) else "~"
         rows.append(
             [
                 peer_name,
                 spread([s.micros for s in ours], ".1f"),
                 spread(cpu, ".2f"),
-                f"{sure}{statistics.median(s.rate for s in ours):,.0f}",
-                sure + spread(rate, ".2f"),
+                sure + f"{statistics.median(s.rate for s in ours):,.0f}",
+                sure + f"{statistics.median(rate):.2f}",
                 f"{statistics.median(s.p50 for s in ours):.1f}",
                 spread([s.p99 for s in ours], ".1f"),
-                str(errors or ""),
+                f"{statistics.median(late):.2f}",
+                str(sum(sample.errors for sample in ours) or ""),
             ]
         )
-        median = f"{statistics.median(cpu):.2f}" if cpu else ""
-        run.summary.setdefault(peer_name, {})[name] = median
-    heads = ["", "µs CPU", f"× {baseline}", "requests/s", "×", "p50 ms", "p99 ms"]
-    show(f"{name}: {case.title}, {CONNECTIONS} connections", [*heads, "errors"], rows)
+        run.summary.setdefault(peer_name, {})[name] = statistics.median(cpu)
+    show(f"{name}: {case.title}, {CONNECTIONS} connections", heads, rows)
+
+
+def ratios(above: list[float], below: list[float]) -> list[float]:
+    """Round by round."""
+    return [a / b if b else 0.0 for a, b in zip(above, below, strict=True)]
 
 
 def spread(values: list[float], form: str) -> str:
     """The median, and how far the rounds are apart."""
-    if not values:
-        return ""
     middle, low, high = statistics.median(values), min(values), max(values)
     around = f" ({low:{form}}–{high:{form}})" if len(values) > 1 else ""
     return f"{middle:{form}}{around}"
@@ -623,43 +616,172 @@ def show(title: str, heads: list[str], rows: list[list[str]]) -> None:
         print("  " + "  ".join(cells).rstrip(), flush=True)
 
 
+def compare_start(run: Run) -> None:
+    """From the command to the first answer; memory then, and after many requests."""
+    names = [name for name in run.peers if run.peers[name].cases != "ws"]
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    memory, later = {}, {}
+    for last in [False] * run.rounds + [True]:
+        for name in names:
+            with stopping({name: run.start(name)}) as servers:
+                seconds[name].append(servers[name].seconds_to_answer * 1e3)
+                memory[name] = servers[name].used()[1]
+                if last:
+                    load(servers[name].port, CASES["hello"], 60, MANY)
+                    later[name] = servers[name].used()[1]
+    base = BASELINE[0] if BASELINE[0] in names else names[0]
+    rows = []
+    for name in names:
+        faster = statistics.median(ratios(seconds[base], seconds[name]))
+        row = [name, spread(seconds[name], ".0f"), f"{faster:.2f}"]
+        for table in (memory, later):
+            row += [f"{table[name]:.1f}", f"{table[base] / table[name]:.2f}"]
+        rows.append(row)
+    heads = ["", "ms to the first answer", "×", "MiB then", "×"]
+    heads += [f"after {MANY:,} requests", "×"]
+    show("start: time and memory", heads, rows)
+
+
+def compare_workers(run: Run) -> None:
+    """Two workers against one, both cores for server and load; and how many of 64
+    connections the fuller worker has."""
+    rows = []
+    names = [n for n in run.asgi() if "uvicorn" in n or "foal" in n]
+    with use_all_cores(run):
+        for name in names:
+            options = [f"{run.peers[name].quiet} --workers {n}" for n in (1, 2)]
+            pair = {str(n): run.start(name, o) for n, o in enumerate(options, 1)}
+            with stopping(pair) as servers:
+                while len({servers["2"].ask("/pid")[-3:] for _ in range(20)}) < 2:
+                    time.sleep(0.05)  # the second is not there yet
+                one, two, fuller = [], [], []
+                for _ in range(run.rounds):
+                    one.append(measure(servers["1"], CASES["hello"], run.seconds).rate)
+                    two.append(measure(servers["2"], CASES["hello"], run.seconds).rate)
+                    fuller.append(share_of_fuller(servers["2"].port))
+            gain = spread(ratios(two, one), ".2f")
+            row = [name, *(f"{statistics.median(r):,.0f}" for r in (one, two)), gain]
+            rows.append([*row, spread(fuller, ".0f")])
+    heads = ["", "requests/s of one", "of two", "×", f"of {CONNECTIONS} the fuller has"]
+    show("workers: two against one, on all cores", heads, rows)
+
+
+@contextlib.contextmanager
+def use_all_cores(run: Run) -> Iterator[None]:
+    pinned, run.pinned = run.pinned, False
+    if CORES:
+        os.sched_setaffinity(0, CORES)
+    try:
+        yield
+    finally:
+        run.pinned = pinned
+        if CORES:
+            os.sched_setaffinity(0, CORES[-1:])
+
+
+def share_of_fuller(port: int) -> int:
+    """Open connections all at once; how many does the fuller of two workers have?"""
+    with contextlib.ExitStack() as stack:
+        socks = [
+            stack.enter_context(socket.create_connection(("127.0.0.1", port), 5))
+            for _ in range(CONNECTIONS)
+        ]
+        for sock in socks:
+            sock.sendall(Case("", "/pid").packet())
+        answers = [sock.recv(65536).rpartition(b"\n")[2] for sock in socks]
+    return max(Counter(answers).values())
+
+
+def compare_modes(run: Run) -> None:
+    """One client on one connection, however the listener came to be: where Nagle's
+    algorithm is on, the second write of an answer waits 40 ms for an ACK."""
+    rows = []
+    for name in [n for n in run.asgi() if "foal" in n or "uvicorn" in n]:
+        for options in ("", "--workers 2", "--reload", "--fd {fd}"):
+            # create_server makes a socket whose proto is 0, as most supervisors do.
+            with socket.create_server(("127.0.0.1", 0), backlog=128) as listener:
+                fd = listener.fileno() if "fd" in options else -1
+                quiet = f"{run.peers[name].quiet} {options}"
+                with stopping({name: run.start(name, quiet, fd=fd)}) as servers:
+                    row = [name, options.partition(" ")[0] or "alone"]
+                    for case in (CASES["hello"], CASES["stream"]):
+                        alone = Load(servers[name].port, case, connections=1)
+                        sample = asyncio.run(alone.run(10, 50))
+                        row += [f"{sample.p50:.2f}", f"{sample.p99:.2f}"]
+            rows.append(row)
+    heads = ["", "mode", "hello: p50 ms", "p99", "stream: p50 ms", "p99"]
+    show("modes: one request after the other on one connection", heads, rows)
+
+
+GATE = """
+import timeit, server
+gate = server.Gate()
+def once():
+    gate.buffer = {head!r}
+    assert gate.next_piece()
+print(min(timeit.repeat(once, number=5000, repeat=9)) / 5000 * 1e6)
+"""
+
+
+def gate_cost(run: Run) -> None:
+    """What foal's check of each head, as bytes, before h11 sees it, costs."""
+    rows = []
+    for name, root in {"foal": ROOT, "foal-other": run.other}.items():
+        if name in run.peers:
+            row = [name]
+            for case in (CASES["hello"], CASES["browser"]):
+                command = [sys.executable, "-c", GATE.format(head=case.packet())]
+                row.append(subprocess.check_output(command, cwd=root, text=True)[:4])
+            rows.append(row)
+    show("gate: µs for a head", ["", "hello", "browser"], rows)
+
+
 def show_summary(run: Run) -> None:
     """Markdown, for README: CPU time per request, as × of the server compared with."""
     names = [name for name in CASES if any(name in row for row in run.summary.values())]
     print("\n| × CPU | " + " | ".join(names) + " |")
     print("|---" + "|---:" * len(names) + "|")
     for peer_name, row in run.summary.items():
-        cells = " | ".join(row.get(name, "") for name in names)
-        print(f"| {peer_name} | {cells} |")
+        cells = [f"{row[name]:.2f}" if name in row else "" for name in names]
+        print(f"| {peer_name} | {' | '.join(cells)} |")
+
+
+OTHERS = {
+    "start": compare_start,
+    "workers": compare_workers,
+    "modes": compare_modes,
+    "gate": gate_cost,
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    names = [*CASES, *OTHERS]
     parser.add_argument("--seconds", type=float, default=2.0, help="of each load")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--only", default="", help=f"of {', '.join(CASES)}")
-    parser.add_argument("--servers", default="", help="only these, by name")
+    parser.add_argument("--only", default=",".join(names), help="default: %(default)s")
+    parser.add_argument("--servers", default="", help=f"of {', '.join(PEERS)}")
     parser.add_argument("--foal", metavar="PATH", help="compare another foal, too")
     parser.add_argument("--quick", action="store_true", help="once, for a moment")
     options = parser.parse_args()
     if options.quick:
         options.seconds, options.rounds = 0.2, 1
-    other = options.foal and os.path.abspath(options.foal)
-    found = peers(other)
-    wanted = options.servers.split(",") if options.servers else list(found)
-    only = options.only.split(",") if options.only else list(CASES)
     with tempfile.TemporaryDirectory() as folder:
-        write_sources(Path(folder))
-        run = Run(
-            {name: found[name] for name in wanted},
-            Path(folder),
-            options.seconds,
-            options.rounds,
-        )
-        if CORES:  # the load's core; a server takes its own
-            os.sched_setaffinity(0, {CORES[-1]})
-        for name in only:
-            compare(run, name, CASES[name])
+        other = os.path.abspath(options.foal or "")
+        run = Run(Path(folder), other, options.seconds, options.rounds)
+        for name, peer in PEERS.items():
+            wanted = not options.servers or name in options.servers.split(",")
+            there = all(map(importlib.util.find_spec, peer.needs.split()))
+            if wanted and there and (options.foal or name != "foal-other"):
+                run.peers[name] = peer
+        write_sources(run.folder)
+        if CORES:
+            os.sched_setaffinity(0, CORES[-1:])  # wrk inherits it
+        for name in options.only.split(","):
+            if name in CASES:
+                compare(run, name, CASES[name])
+            else:
+                OTHERS[name](run)
         show_summary(run)
 
 
