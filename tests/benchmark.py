@@ -213,7 +213,7 @@ class Running:
         self.process = subprocess.Popen(
             [sys.executable, *words],
             cwd=run.folder,
-            env={**os.environ, "PYTHONPATH": str(run.folder)},
+            env=run.environment(),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
@@ -540,6 +540,12 @@ class Run:
         options = peer.quiet if options is None else options
         return Running(f"{peer.command} {options}", self, name, **more)
 
+    def environment(self) -> dict[str, str]:
+        """As users have it: what was compiled once is kept; here, in our folder."""
+        ours = {"PYTHONPATH": str(self.folder), "PYTHONDONTWRITEBYTECODE": ""}
+        ours["PYTHONPYCACHEPREFIX"] = str(self.folder / "cache")
+        return {**os.environ, **ours}
+
     def asgi(self) -> list[str]:
         """The peers that serve the app over HTTP."""
         names = [n for n, peer in self.peers.items() if "http" in peer.cases]
@@ -621,12 +627,13 @@ def compare_start(run: Run) -> None:
     names = [name for name in run.peers if run.peers[name].cases != "ws"]
     seconds: dict[str, list[float]] = {name: [] for name in names}
     memory, later = {}, {}
-    for last in [False] * run.rounds + [True]:
+    for turn in range(run.rounds + 1):  # the first fills the cache of compiled modules
         for name in names:
             with stopping({name: run.start(name)}) as servers:
-                seconds[name].append(servers[name].seconds_to_answer * 1e3)
+                if turn:
+                    seconds[name].append(servers[name].seconds_to_answer * 1e3)
                 memory[name] = servers[name].used()[1]
-                if last:
+                if turn == run.rounds:
                     load(servers[name].port, CASES["hello"], 60, MANY)
                     later[name] = servers[name].used()[1]
     base = BASELINE[0] if BASELINE[0] in names else names[0]
@@ -782,7 +789,8 @@ def main() -> None:
                 compare(run, name, CASES[name])
             else:
                 OTHERS[name](run)
-        show_summary(run)
+        if run.summary:
+            show_summary(run)
 
 
 if __name__ == "__main__":
