@@ -30,7 +30,6 @@ import contextlib
 import dataclasses
 import importlib.util
 import inspect
-import itertools
 import json
 import math
 import os
@@ -362,12 +361,15 @@ end
 def encode_text_frame(content: bytes) -> bytes:
     """As a client sends it: masked (RFC 6455 §5.2)."""
     size, mask = len(content), b"\x37\xfa\x21\x3d"
-    head = b"\x81" + bytes([0x80 | size])
-    if size > 125:
-        wide = size >= 2**16
-        head = (b"\x81\xff" if wide else b"\x81\xfe") + size.to_bytes(8 if wide else 2)
-    masked = bytes(a ^ b for a, b in zip(content, itertools.cycle(mask), strict=False))
-    return head + mask + masked
+    if size < 126:
+        head = bytes([0x81, 0x80 | size])
+    elif size < 2**16:
+        head = b"\x81\xfe" + size.to_bytes(2, "big")
+    else:
+        head = b"\x81\xff" + size.to_bytes(8, "big")
+    key = (mask * (size // 4 + 1))[:size]
+    mixed = int.from_bytes(content, "big") ^ int.from_bytes(key, "big")
+    return head + mask + mixed.to_bytes(size, "big")
 
 
 # The load.
