@@ -408,13 +408,12 @@ def measure(server: Running, case: Case, seconds: float) -> Sample:
 
 
 def load(port: int, case: Case, seconds: float, count: float = math.inf) -> Sample:
-    if case.frame or not WRK or count != math.inf:
+    if case.frame or not WRK or count != math.inf or seconds < 1:  # wrk counts seconds
         return asyncio.run(Load(port, case).run(seconds, count))
     with tempfile.NamedTemporaryFile("w", suffix=".lua") as script:
         script.write(case.script())
         script.flush()
-        # wrk counts whole seconds; less than one is for warming up.
-        command = [WRK, "-t1", f"-c{CONNECTIONS}", f"-d{max(1, round(seconds))}s"]
+        command = [WRK, "-t1", f"-c{CONNECTIONS}", f"-d{round(seconds)}s"]
         command += ["--latency", "-s", script.name]
         command.append(f"http://127.0.0.1:{port}{case.path}")
         output = subprocess.check_output(command, text=True)

@@ -426,12 +426,17 @@ def face(run: Run, name: str, scale: float) -> tuple[list[str], list[str]]:
     """Let a fresh server go through it: the row of the table, and what is broken."""
     case = SITUATIONS[name]
     server = Running(f"{FOAL} {PATIENT}", run, "foal-other" if run.other else "foal")
+    broken = []
     try:
         for _ in range(3):
             server.ask("/")
         cpu, before = server.used()
+        count, remark = 0, ""
         with bystander(server.port) as waits:
-            count, remark = case.act(server.port, scale)
+            try:
+                count, remark = case.act(server.port, scale)
+            except (OSError, AssertionError) as exc:
+                broken.append(f"{name}: {exc!r}")
         time.sleep(0.5)
         after = server.used()
     finally:
@@ -444,7 +449,7 @@ def face(run: Run, name: str, scale: float) -> tuple[list[str], list[str]]:
     ms = [sorted(1e3 * wait for wait in kind) or [math.nan] for kind in waits]
     p99 = [kind[len(kind) * 99 // 100] for kind in ms]
     found = {"memory": rises, "late": max(p99), "cpu": used}
-    broken = [
+    broken += [
         f"{name}: {what} {value:.1f} > {getattr(case, what):g}"
         for what, value in found.items()
         if not value <= getattr(case, what)
