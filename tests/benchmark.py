@@ -15,10 +15,11 @@ second mean something only where the server was what made it slow; where its cor
 idle for a tenth of the time they are marked with "~". Servers take turns in each round;
 a ratio is of two figures of one round; what is printed is the median of the rounds,
 with the least and the most of them. In columns with "×", above 1 is better than
-uvicorn on h11.
+uvicorn on h11 (for WebSocket, with wsproto), or than the first server if that is not
+compared.
 
-But: one machine, the loopback interface, an app that does nothing. A real application
-spends its time elsewhere.
+But: one machine, the loopback interface, an app that does nothing: a real application
+spends its time elsewhere. Not on Windows, which has neither /proc nor ps.
 """
 
 from __future__ import annotations
@@ -180,7 +181,7 @@ DAPHNE = "-m daphne -v 0 -p {port} bench_app:app"
 GRANIAN = "-m granian --interface asgi --port {port} --no-log bench_app:app"
 QUIET = "--no-access-log"
 BASELINE = "uvicorn-h11", "uvicorn-wsproto"  # what the others are compared with
-FLOORS = "h11, no ASGI", "bare asyncio"
+FLOORS = "h11 alone", "bare asyncio"
 PEERS = {
     "foal": Peer(FOAL, "h11", QUIET, ""),
     "foal-other": Peer(FOAL, "h11", QUIET, ""),
@@ -575,11 +576,12 @@ def compare(run: Run, name: str, case: Case) -> None:
         for _ in range(run.rounds):
             for peer_name, server in servers.items():
                 samples[peer_name].append(measure(server, case, run.seconds))
+    if not samples:
+        return
     heads = ["", "µs CPU", "×", "requests/s", "×", "p50 ms", "p99 ms", "×", "errors"]
-    baseline = next((samples[n] for n in BASELINE if n in samples), None)
-    rows = []
+    base = next((n for n in BASELINE if n in samples), next(iter(samples)))
+    theirs, rows = samples[base], []
     for peer_name, ours in samples.items():
-        theirs = baseline or ours
         cpu = ratios([s.micros for s in theirs], [s.micros for s in ours])
         rate = ratios([s.rate for s in ours], [s.rate for s in theirs])
         late = ratios([s.p99 for s in theirs], [s.p99 for s in ours])
@@ -774,18 +776,21 @@ def main() -> None:
     options = parser.parse_args()
     if options.quick:
         options.seconds, options.rounds = 0.2, 1
+    only = options.only.split(",")
+    servers = options.servers.split(",") if options.servers else list(PEERS)
+    if unknown := {*only, *servers} - {*names, *PEERS}:
+        parser.error(f"unknown: {', '.join(unknown)}")
     with tempfile.TemporaryDirectory() as folder:
         other = os.path.abspath(options.foal or "")
         run = Run(Path(folder), other, options.seconds, options.rounds)
         for name, peer in PEERS.items():
-            wanted = not options.servers or name in options.servers.split(",")
             there = all(map(importlib.util.find_spec, peer.needs.split()))
-            if wanted and there and (options.foal or name != "foal-other"):
+            if name in servers and there and (options.foal or name != "foal-other"):
                 run.peers[name] = peer
         write_sources(run.folder)
         if CORES:
             os.sched_setaffinity(0, CORES[-1:])  # wrk inherits it
-        for name in options.only.split(","):
+        for name in only:
             if name in CASES:
                 compare(run, name, CASES[name])
             else:

@@ -240,7 +240,8 @@ def pipelined(port: int, scale: float) -> tuple[int, str]:
     return 0, f"{rate:,.0f} requests/s"
 
 
-@situation("100 clients that send requests and read nothing", memory=100 * 0.6)
+# A hundred who take all they get leave the bystander a hundredth.
+@situation("100 clients that send requests and read nothing", memory=60, late=500)
 def deaf_pipeline(port: int, scale: float) -> tuple[int, str]:
     count = int(100 * scale)
     with contextlib.ExitStack() as stack:
@@ -276,9 +277,10 @@ def exchange(sock: socket.socket, parts: Iterable[bytes], end: bytes) -> str:
 
     def send() -> None:
         nonlocal sent
-        for part in parts:
-            sock.sendall(part)
-            sent += len(part)
+        with contextlib.suppress(OSError):  # the reader tells what is wrong
+            for part in parts:
+                sock.sendall(part)
+                sent += len(part)
 
     thread = threading.Thread(target=send)
     thread.start()

@@ -1,0 +1,44 @@
+"""The two scripts beside the tests still run. What they measure is not judged here."""
+
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+
+def run(script, *arguments):
+    command = [sys.executable, str(ROOT / "tests" / script), *arguments]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    return result.returncode, result.stdout, result.stderr
+
+
+posix = pytest.mark.skipif(os.name == "nt", reason="asks ps, or /proc, for CPU time")
+
+
+@posix
+def test_the_benchmark_prints_a_row_for_foal_and_for_each_floor():
+    servers = "foal,h11 alone,bare asyncio"
+    code, table, errors = run("benchmark.py", "--quick", "--only", "hello", "--servers", servers)
+    assert code == 0, errors
+    for name in servers.split(","):
+        assert name in table
+    # Microseconds, their ratio, requests a second, and no errors at the end.
+    assert re.search(r"\n  foal +\d+\.\d +1\.00 +~?[\d,]+ +~?1\.00 +[\d. ]+\n", table), table
+
+
+@posix
+def test_the_benchmark_compares_websockets_and_two_foals():
+    arguments = ["--quick", "--only", "ws,start,gate", "--foal", str(ROOT)]
+    code, table, errors = run("benchmark.py", *arguments, "--servers", "foal,foal-other")
+    assert code == 0, errors
+    assert len(re.findall(r"\n  foal-other +\d", table)) == 3, table
+
+
+@posix
+def test_the_cliffs_are_reported_with_their_bounds():
+    code, table, errors = run("cliffs.py", "--scale", "0.01", "--only", "upload,ws-large")
+    assert re.search(r"\n  upload: [^\n]+ \d+ MiB/s\n", table), table + errors
+    assert code == 0 or " > " in table, table + errors
