@@ -14,7 +14,7 @@ EVERY = 1.0  # seconds
 HEADERS = [
     (b"content-type", b"text/event-stream"),
     (b"cache-control", b"no-store"),
-    (b"x-accel-buffering", b"no"),  # nginx keeps an answer until it has more of it
+    (b"x-accel-buffering", b"no"),  # an nginx that compresses collects it, else
 ]
 
 
