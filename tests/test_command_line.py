@@ -351,7 +351,7 @@ class TestOptions:
     def test_version_names_what_a_bug_report_needs(self):
         outcome = foal("--version")
         assert outcome.code == 0 and len(outcome.output.splitlines()) == 1
-        for word in (server.__version__, h11.__version__, sys.platform, "Python"):
+        for word in (server.__version__, h11.__version__, sys.platform, "python"):
             assert word in outcome.output
 
     @pytest.mark.parametrize(
@@ -463,7 +463,7 @@ class TestStartUp:
 
     def test_the_first_lines_name_version_loop_address_and_how_to_stop(self):
         with Process("example:app", "--port", 0) as p:
-            p.wait_for(rf" foal {re.escape(server.__version__)}, .*Python.*, h11 \d")
+            p.wait_for(rf" foal {re.escape(server.__version__)}, .*python.*, h11 \d")
             p.wait_for(r"loop: .*EventLoop, because .*choice")
             found = p.wait_for(
                 r"listening on http://127\.0\.0\.1:(\d+) .*Ctrl-C to stop"

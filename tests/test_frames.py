@@ -62,7 +62,7 @@ def refusal(data: bytes, *, max_size=2**24, deflate=None):
 def offered(text: str) -> Deflate | None:
     """What becomes of a Sec-WebSocket-Extensions field."""
     fields = [(b"sec-websocket-extensions", text.encode())]
-    return Deflate.negotiate(server.tokens_of_offers(fields))
+    return Deflate.negotiate(server.tokens(fields, b"sec-websocket-extensions"))
 
 
 def plain_deflate(parameters="") -> Deflate:
@@ -644,7 +644,7 @@ class TestNegotiation:
     def test_offers_may_stand_in_several_fields(self):
         name = b"sec-websocket-extensions"
         fields = [(name, b"x-unknown"), (b"host", b"x"), (name, PMD.encode())]
-        offers = server.tokens_of_offers(fields)
+        offers = server.tokens(fields, b"sec-websocket-extensions")
         assert offers == ["x-unknown", PMD]
 
     def test_all_four_at_once(self):

@@ -1,0 +1,120 @@
+"""One loop for all: whatever one client or app does, the others get their turns."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+
+import pytest
+from conftest import GET, Process, serving
+from test_frames import TEXT, frame
+from test_websocket import handshake
+
+import server
+
+START = {"type": "http.response.start", "status": 200, "headers": []}
+MORE = {"type": "http.response.body", "body": bytes(1024), "more_body": True}
+END = {"type": "http.response.body", "body": b""}
+
+
+async def turns_during(work) -> int:
+    """How many turns the loop has while this coroutine runs."""
+    count = 0
+
+    async def tick():
+        nonlocal count
+        while True:
+            count += 1
+            await asyncio.sleep(0)
+
+    ticking = asyncio.create_task(tick())
+    await asyncio.sleep(0)
+    before = count
+    await work
+    ticking.cancel()
+    return count - before
+
+
+def answer_with_turns(work) -> tuple:
+    """An app that answers by work(receive, send), and a list for its turns."""
+    turns = []
+
+    async def app(scope, receive, send):
+        turns.append(await turns_during(work(receive, send)))
+
+    return app, turns
+
+
+@pytest.mark.parametrize("method", [b"GET", b"HEAD"])
+def test_a_stream_that_never_has_to_wait_lets_others_run(method):
+    """What if a client reads as fast as the app sends, or asked for the head alone?"""
+
+    async def work(receive, send):
+        await send(START)
+        for _ in range(640):  # ten times 64 KiB
+            await send(MORE)
+        await send(END)
+
+    app, turns = answer_with_turns(work)
+    with serving(app) as running:
+        request = GET.replace(b"GET", method)
+        assert running.talk(request).count(b"\0") in (0, 640 * 1024)
+    assert turns[0] >= 10
+
+
+def test_a_read_full_of_chunks_is_taken_in_by_and_by(monkeypatch):
+    """What if 256 KiB arrive in chunks of one byte? They cost h11 220 ms."""
+    monkeypatch.setattr(server, "CHUNKS_AT_ONCE", 10)
+    messages = []
+
+    async def app(scope, receive, send):
+        while (message := await receive())["more_body"]:
+            messages.append(message["body"])
+        messages.append(message["body"])
+        await send(START)
+        await send(END)
+
+    head = GET[:-2] + b"Transfer-Encoding: chunked\r\n\r\n"
+    with serving(app) as running:
+        running.talk(head.replace(b"GET", b"POST") + b"1\r\nx\r\n" * 1000 + b"0\r\n\r\n")
+    assert b"".join(messages) == b"x" * 1000
+    assert max(map(len, messages)) <= 20 and len(messages) >= 50
+
+
+def test_a_read_full_of_frames_is_taken_in_by_and_by():
+    """What if 10,000 small messages arrive at once, and the app echoes each?"""
+    count = 10_000
+
+    async def work(receive, send):
+        await receive()
+        await send({"type": "websocket.accept"})
+        for _ in range(count):
+            await send({"type": "websocket.send", "text": (await receive())["text"]})
+        await send({"type": "websocket.close"})
+
+    app, turns = answer_with_turns(work)
+    with serving(app, ws_deflate=False) as running, running.connect() as client:
+        client.send(handshake() + frame(TEXT, b"") * count)
+        client.read_until(b"\r\n\r\n")
+        assert client.read_until(b"\x88\x02\x03\xe8") == b"\x81\0" * count + b"\x88\x02\x03\xe8"
+    assert turns[0] >= count / 512  # 64 KiB hold 256 of them, as we count
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="SIGHUP is POSIX's")
+def test_a_kept_connection_may_still_be_used_when_its_worker_is_replaced():
+    """Behind a proxy: its POST meets an answer, and not a closing socket, which it could
+    only tell its client as 502. The answer says that it was the last."""
+    arguments = ("--port", 0, "--workers", 2, "--log-level", "debug")
+    with Process("example:app", *arguments) as process:
+        with process.connect(process.port()) as client:
+            client.send(GET)
+            assert client.response()[0] == 200
+            process.wait_for("is ready after")  # the second of them
+            process.process.send_signal(signal.SIGHUP)
+            for _ in range(2):
+                process.wait_for("asked by the supervisor: stopping")
+            client.send(GET)
+            status, fields, _ = client.response()
+            assert (status, fields["connection"]) == (200, "close")
+        process.interrupt()
+        assert process.exit_code() == 0
