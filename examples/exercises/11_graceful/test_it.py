@@ -124,11 +124,12 @@ async def test_stop_returns_when_all_is_said(server, app, connect):
 
 @scenario
 async def test_who_asks_for_nothing_holds_nobody_up(server, app, connect):
-    """Two connections between two lines: one has had an answer, one never asked."""
+    """Two connections between two lines: one never asked, one has had an answer. They
+    are accepted in the order in which they came, so the answer tells of both."""
     app.go.set()
+    silent, _ = await connect()
     reader, _ = await ask(app, connect)
     assert await reader.readline() == b"HELLO\n"
-    silent, _ = await connect()
     assert await server.stop(LONG) == 0
     assert await rest(reader) == await rest(silent) == b""
 
