@@ -1,15 +1,19 @@
 """examples/exercises: every answer is green, and every start file is red in the tests
 that its page names, for the reason that it names. One run of pytest each, in a process
-of its own, whose report is read from JUnit's XML."""
+of its own, whose report is read from JUnit's XML. And the names that a page cites from
+foal's files are there."""
 
 from __future__ import annotations
 
+import ast
 import builtins
 import collections
+import keyword
 import re
 import subprocess
 import sys
 import xml.etree.ElementTree
+from typing import NamedTuple
 
 import pytest
 from conftest import ROOT
@@ -28,47 +32,36 @@ HEADINGS = [
     "If you are stuck",
 ]
 RUN_PATIENCE = 120.0  # seconds for a whole run, in which a start file may wait in vain
-
-# For pages that say in prose what is red at first: all by assertion. A page that names
-# its tests is believed instead.
-RED_IN_PROSE = {
-    "01_hello": "the_status_is_200 the_body_is_the_greeting the_length_counts_bytes "
-    "the_client_can_tell_how_to_read_it it_takes_two_messages",
-    "04_continue": "an_app_that_refuses_the_body_says_only_that "
-    "a_client_that_does_not_wait_is_not_told however_the_client_writes_it",
-    "06_lifespan": "what_the_server_learns no_task_is_left_behind "
-    "what_the_app_keeps_is_there_when_it_has_started "
-    "a_wrong_answer_is_the_apps_mistake a_second_answer_does_no_harm",
-    "09_masked_frame": "the_examples_of_the_rfc each_form_of_a_length "
-    "a_header_says_where_it_ends a_header_is_not_guessed it_is_what_the_rfc_says "
-    "frames_cut_anywhere_are_the_same_frames frames_byte_by_byte_are_the_same_frames "
-    "twice_is_not_at_all zeros_are_bytes_like_others a_length_has_one_form",
-    "11_graceful": "an_answer_in_flight_arrives all_answers_in_flight_arrive "
-    "stop_returns_when_all_is_said an_answer_in_flight_is_the_last the_grace_ends",
-    "12_two_files": "the_importable_server_is_whole it_starts_as_a_worker "
-    "there_is_one_of_each neither_half_imports_what_it_does_not_use "
-    "foals_own_tests_are_green",
-}
-# Red in some runs only, and so no part of what a start file promises.
-RED_BY_CHANCE = {
-    # The client may have read the early 100 before the app looks for it.
-    "04_continue": {"test_a_client_that_waits_is_told_when_the_app_asks"},
-    # On Windows, now and then: its client waits in vain for the end.
-    "11_graceful": {"test_who_asks_for_nothing_holds_nobody_up"},
-}
+# A page's way of citing: `server.py`, chapter 6, `RequestResponseCycle.run` and ...
+FILE = r"`(server|loops|sockets|workers|reload)\.py`"
+CITATION = rf"(?s){FILE}(.*?)(?={FILE.replace('(', '(?:')}|\n- |\n\n|\Z)"
 
 
 def page(name: str) -> str:
     return (EXERCISES / name / "README.md").read_text(encoding="utf-8")
 
 
-def red_at_first(name: str) -> dict[str, str]:
-    """What `Red at first:` says of an exercise: {test: exception}."""
-    said = re.search(r"(?ms)^Red at first: (.*?)(:\s|\n\n)", page(name))
+class Red(NamedTuple):
+    """How a test ends at first."""
+
+    exception: str
+    cases: tuple[int, int]  # so many of how many
+
+
+def red_at_first(name: str, found: dict[str, list]) -> dict[str, Red]:
+    """What `Red at first:` says: `test_it`, which is all of its cases, or `test_it`
+    (2 of 3), each by assertion; or `test_it` (OSError)."""
+    said = re.search(r"(?ms)^Red at first: (.*?):\s", page(name))
     assert said, "no paragraph that begins `Red at first:`"
-    found = re.findall(r"`(test_\w+)`(?:\s*\((\w+)\))?", said[1])
-    found = found or [(f"test_{test}", "") for test in RED_IN_PROSE[name].split()]
-    return {test: exception or "AssertionError" for test, exception in found}
+    tests = re.findall(r"`(test_\w+)`(?:\s*\((?:(\d+) of (\d+)|(\w+))\))?", said[1])
+    red = {}
+    for test, some, of_all, exception in tests:
+        assert test in found, "a test that does not exist"
+        many = len(found[test])
+        cases = (int(some), int(of_all)) if some else (many, many)
+        red[test] = Red(exception or "AssertionError", cases)
+    assert red and len(red) == len(tests)
+    return red
 
 
 def run(folder, *options: str) -> dict[str, dict[str, list]]:
@@ -132,18 +125,23 @@ def test_every_answer_is_green(name, answers):
 @pytest.mark.parametrize("name", NAMES)
 def test_every_start_is_red_for_the_reason_that_its_page_names(name, starts):
     """An import error would be red, too, and teach nothing."""
-    said = red_at_first(name)
     found = starts[name]
-    assert set(said) <= set(found), "a test that does not exist"
-    red = {}
+    said, red = red_at_first(name, found), {}
     for test, ends in found.items():
-        if test in RED_BY_CHANCE.get(name, ()):
-            said.pop(test, None)
-        elif set(ends) == {"skipped"}:
+        bad = [end for end in ends if end not in ("passed", "skipped")]
+        if set(ends) == {"skipped"}:
             said.pop(test, None)  # it needs another system than this one
-        elif bad := set(ends) - {"passed", "skipped"}:
-            red[test] = " ".join(sorted(bad))
+        elif bad:
+            red[test] = Red(" ".join(sorted(set(bad))), (len(bad), len(ends)))
     assert said and red == said
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_page_counts_its_tests(name, answers):
+    """What does pytest print when all is done? Systems differ in what they skip."""
+    said = re.search(r"(?m)^Green: `(\d+) passed(?:, (\d+) skipped)?`", page(name))
+    passed, skipped = int(said[1]), int(said[2] or 0)
+    assert passed + skipped == sum(len(ends) for ends in answers[name].values())
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -162,6 +160,37 @@ def test_every_page_has_its_six_headings_and_its_neighbours(name):
         assert (EXERCISES / name / link).is_file(), link
 
 
+def source(file: str, said: str) -> str:
+    """What a page cites of: a file of ours, or the one chapter that it names."""
+    text = (ROOT / file).read_text(encoding="utf-8")
+    chapters = re.findall(r"chapter (\d)", said)
+    if len(chapters) != 1:
+        return text
+    return re.search(rf"(?ms)^# ─+ {chapters[0]}\. .*?(?=^# ─|\Z)", text)[0]
+
+
+def names_in(text: str) -> set[str]:
+    """All that it defines: `function`, `parameter`, `Class`, `Class.method`."""
+    names = set()
+    for node in ast.parse(text).body:
+        parts = [part for part in ast.walk(node) if hasattr(part, "name")]
+        for part in parts:
+            names |= {part.name, f"{parts[0].name}.{part.name}"}
+        names |= {part.arg for part in ast.walk(node) if isinstance(part, ast.arg)}
+    return names
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_a_page_tells_to_read_is_there(name):
+    """Pages grow old in silence, and in server.py names change."""
+    text = page(name)
+    to_read = re.search(r"(?ms)^## Read first\n(.*?)^## ", text)[1]
+    for file, said in re.findall(CITATION, to_read + text.split("Answer: ")[1]):
+        cited = set(re.findall(r"`([A-Za-z_][\w.]*)`", said))
+        missing = cited - names_in(source(f"{file}.py", said))
+        assert missing <= {*keyword.kwlist, *keyword.softkwlist}, file
+
+
 MUTATIONS = mutate.table()
 
 
@@ -177,7 +206,10 @@ class TestMutations:
 
     def test_there_is_one_for_each_chapter_and_each_leaf(self):
         places = {mutation.file + mutation.chapter for mutation in MUTATIONS}
-        chapters = {f"server.py {n}" for n in range(1, 9)}
+        whole = (ROOT / "server.py").read_text(encoding="utf-8")
+        numbers = re.findall(r"(?m)^# ─+ (\d)\. ", whole)
+        assert len(numbers) >= 9
+        chapters = {f"server.py {n}" for n in numbers}
         assert places == chapters | {
             "loops.py",
             "sockets.py",
