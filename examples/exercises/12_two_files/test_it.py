@@ -60,8 +60,8 @@ def definitions(text) -> dict[str, str]:
 
 
 def chapters_7_and_8(text) -> str:
-    start = re.search(r"(?m)^# ─+ 7\. ", text).start()
-    return text[start : text.index('\nif __name__ == "__main__":', start)]
+    start, end = (re.search(rf"(?m)^# ─+ {n}\. ", text).start() for n in (7, 9))
+    return text[start:end]
 
 
 def test_the_chapters_have_moved_and_are_what_they_were(whole, halves):

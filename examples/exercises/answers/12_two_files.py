@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = next(p for p in Path(__file__).resolve().parents if (p / "server.py").exists())
-FILES = ("*.py", "*.toml", "README.md", "tests/*", "examples/*.py")
+FILES = ("*.py", "*.toml", "README.md", "tests/*", "tests/traces/*", "examples/*.py")
 
 OPENING = '''"""One WebSocket: its opening handshake, its session, its frames.
 
@@ -47,9 +47,9 @@ def lift(text: str) -> tuple[str, str]:
 
 
 def cut(text: str) -> tuple[str, str, str]:
-    """Chapters 1 to 6, chapters 7 and 8, and the lines that start the program."""
-    start = re.search(r"(?m)^# ─+ 7\. .* ──$", text).start()
-    end = text.index('\nif __name__ == "__main__":', start) + 1
+    """Chapters 1 to 6, chapters 7 and 8, and what follows: to the lines that start the
+    program."""
+    start, end = (re.search(rf"(?m)^# ─+ {n}\. .* ──$", text).start() for n in (7, 9))
     return text[:start], text[start:end], text[end:]
 
 
