@@ -24,11 +24,19 @@ def post(fields=b"", version=b"1.1", body=b""):
     return start + b"Content-Length: 5\r\n" + fields + b"\r\n" + body
 
 
+class Drip(socket.socket):
+    """A socket that hands out what has come byte by byte."""
+
+    def recv(self, size):
+        return super().recv(1)
+
+
 @contextlib.contextmanager
-def connected(exercise, app, first, mark=b""):
+def connected(exercise, app, first, mark=b"", kind=socket.socket):
     """A client whose first bytes are there before the server reads. `mark` is written to
     it when the app is called."""
     client, ours = socket.socketpair()
+    ours = kind(fileno=ours.detach())
     client.settimeout(DEADLINE)
     ours.settimeout(DEADLINE)
     failed = []
@@ -113,6 +121,19 @@ def test_it_is_said_once_for_a_body_in_pieces(exercise):
         client.sendall(b"hel")
         client.sendall(b"lo")
         assert CONTINUE not in read_all(client)
+
+
+def test_it_is_said_once_for_a_body_in_bytes(exercise):
+    """What if the first byte of a body is not yet a piece of it? h11 has to read the
+    size of a chunk to its end, and so long nothing but your word tells it that the
+    client waits no more."""
+    head = post().partition(b"Content-Length")[0]
+    head += EXPECT + b"Transfer-Encoding: chunked\r\n\r\n"
+    body = b"5\r\nhello\r\n0\r\n\r\n"
+    with connected(exercise, takes_it, head + body, kind=Drip) as client:
+        answer = read_all(client)
+    assert answer.count(CONTINUE) == 1, answer
+    assert answer.endswith(b"hello")
 
 
 def test_it_is_not_said_behind_the_answer(exercise):
