@@ -31,10 +31,10 @@ def test_the_benchmark_prints_a_row_for_foal_and_for_each_floor():
 
 @posix
 def test_the_benchmark_compares_websockets_and_two_foals():
-    arguments = ["--quick", "--only", "ws,start,gate", "--foal", str(ROOT)]
+    arguments = ["--quick", "--only", "ws,gate", "--foal", str(ROOT)]
     code, table, errors = run("benchmark.py", *arguments, "--servers", "foal,foal-other")
     assert code == 0, errors
-    assert len(re.findall(r"\n  foal-other +\d", table)) == 3, table
+    assert len(re.findall(r"\n  foal-other +\d", table)) == 2, table
 
 
 @posix

@@ -20,10 +20,15 @@ from conftest import GET, PATIENCE, serving
 import server
 import sockets
 
-SHORT = 0.2  # a deadline that shall pass
-LONG = 0.9  # whoever takes so long is seen by the ticker
-GAP = 1.0  # a deadline that shall not pass while a client drips
+SHORT = 0.1  # a deadline that shall pass
+LONG = 0.5  # whoever takes so long is seen by the ticker
+GAP = 0.7  # a deadline that shall not pass while a client drips
 BIG = 64 * 1024
+
+
+@pytest.fixture(autouse=True)
+def ticking_fast(monkeypatch):
+    monkeypatch.setattr(server, "TICK", 0.05)
 
 
 async def answer(send, body=b""):
@@ -166,14 +171,14 @@ class TestBody:
 
     @pytest.mark.parametrize("chunked", [True, False])
     def test_a_body_that_drips_within_the_gap_is_taken(self, chunked):
-        field = b"Transfer-Encoding: chunked" if chunked else b"Content-Length: 30"
+        field = b"Transfer-Encoding: chunked" if chunked else b"Content-Length: 18"
         end = b"0\r\n\r\n" if chunked else b""
         piece = b"1\r\nx\r\n" if chunked else b"x"
         with serving(drain, timeout_request_body=GAP) as s, s.connect() as c:
             c.send(post(field))
-            drip(c, [piece] * 30)  # at 50 ms each: longer than one gap
+            drip(c, [piece] * 18)  # at 50 ms each: longer than one gap
             c.send(end)
-            assert c.response()[::2] == (200, b"30")
+            assert c.response()[::2] == (200, b"18")
 
 
 class TestTheApp:
@@ -305,7 +310,7 @@ class TestReadingClient:
     def test_a_slow_reader_gets_it_all(self, listener, monkeypatch, last, parts):
         monkeypatch.setattr(server, "SEND_TIMEOUT", GAP / 2)
         monkeypatch.setattr(server, "LINGER", GAP / 2)
-        size = 800_000
+        size = 500_000
 
         async def app(scope, receive, send):
             assert scope["type"] == "http"
