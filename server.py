@@ -1121,6 +1121,8 @@ class HTTPConnection(asyncio.Protocol):
         """Pass on what the gate lets through, until the request is complete or bytes
         are missing. What is wrong with them is raised as h11 does, and ends here."""
         conn, gate = self.conn, self.gate
+        if self.lingering:
+            return  # it was the rest of a read, and all has been answered meanwhile
         if not self.writable.is_set() and conn.their_state is h11.IDLE:
             return  # it does not read our answers: no more of them for now
         try:
