@@ -1063,7 +1063,7 @@ class HTTPConnection(asyncio.Protocol):
 
         # What we wait for, with how far it is, and when that ends: set by `look`, when
         # the ticker next finds the deadline to have passed. So 0.0 says "look again".
-        self.waiting: tuple[Waiting, int] | None = None
+        self.waiting: tuple[Waiting, int, int] | None = None
         self.end = math.inf
         self.deadline = 0.0
 
@@ -1274,8 +1274,8 @@ class HTTPConnection(asyncio.Protocol):
         """Called by the server's ticker. A wait that is new gets its end; one that goes
         on keeps it, however much drips in."""
         what, progress, seconds = self.waits_for(now)
-        if (what, progress) != self.waiting:
-            self.waiting = what, progress
+        if (what, self.turn, progress) != self.waiting:
+            self.waiting = what, self.turn, progress
             self.end = now + seconds
         self.deadline = self.end
         if self.end > now:
@@ -1288,7 +1288,7 @@ class HTTPConnection(asyncio.Protocol):
             self.refuse(408, f"waited too long for {what.value}")
 
     def waits_for(self, now: float) -> tuple[Waiting, int, float]:
-        """What for, a number that changes with each progress, and how long."""
+        """What for, a number that changes with progress within it, and how long."""
         conn, config = self.conn, self.server.config
         unsent = self.transport.get_write_buffer_size()
         if not self.writable.is_set() or (self.lingering and unsent):
@@ -1297,13 +1297,13 @@ class HTTPConnection(asyncio.Protocol):
             seconds = min(LINGER, self.linger_end - now)
             return Waiting.CLIENT_TO_CLOSE, self.dropped, seconds
         if self.cycle is None and (self.gate.buffer or self.turn == 0):
-            return Waiting.HEAD, self.turn, config.timeout_request_head
+            return Waiting.HEAD, 0, config.timeout_request_head
         if self.cycle is None:
-            return Waiting.NEXT_REQUEST, self.turn, config.timeout_keep_alive
+            return Waiting.NEXT_REQUEST, 0, config.timeout_keep_alive
         if conn.their_state is h11.SEND_BODY and self.transport.is_reading():
             if not conn.they_are_waiting_for_100_continue:
                 return Waiting.BODY, self.cycle.arrived, config.timeout_request_body
-        return Waiting.APP, self.turn, math.inf
+        return Waiting.APP, 0, math.inf
 
     # Endings.
 
