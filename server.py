@@ -1103,7 +1103,8 @@ class HTTPConnection(asyncio.Protocol):
             self.dropped += len(data)
             return
         gate = self.gate
-        gate.buffer = gate.buffer + data if gate.buffer else data
+        # A bytearray, from Windows' proactor loop before Python 3.13.
+        gate.buffer = gate.buffer + data if gate.buffer else bytes(data)
         self.read()
         if len(gate.buffer) > HIGH_WATER:
             self.limit_reading()
