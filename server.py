@@ -1130,7 +1130,8 @@ class HTTPConnection(asyncio.Protocol):
             while conn.their_state in READABLE and (piece := gate.next_piece()):
                 conn.receive_data(piece)
                 self.read_events()
-                if gate.part is Part.CHUNKS and gate.buffer:
+                if gate.chunks == CHUNKS_AT_ONCE:
+                    gate.chunks = 0
                     self.loop.call_soon(self.read)
                     return
             if gate.eof and (not gate.buffer or conn.their_state is h11.SEND_BODY):
@@ -1560,6 +1561,7 @@ class Gate:
         self.checked = self.lines = 0  # bytes and lines of its start, until it is whole
         self.part = Part.HEAD
         self.left = 0  # bytes of the body, or of a chunk and its CRLF, still to pass on
+        self.chunks = 0  # that began in the last piece
 
     def next_piece(self) -> bytes:
         """The next bytes for h11, or none if more must arrive first.
@@ -1639,8 +1641,8 @@ class Gate:
 
     def next_chunks(self) -> bytes:
         """As many well-formed chunks, or parts of one, as there are."""
-        end, count, buffer = 0, 0, self.buffer
-        while end < len(buffer) and count < CHUNKS_AT_ONCE:
+        end, self.chunks, buffer = 0, 0, self.buffer
+        while end < len(buffer) and self.chunks < CHUNKS_AT_ONCE:
             if self.left:
                 step = min(self.left, len(buffer) - end)
                 self.left -= step
@@ -1655,7 +1657,7 @@ class Gate:
                 break
             end = line.end()
             size = int(line[1], 16)
-            count += 1
+            self.chunks += 1
             if not size:
                 self.part = Part.TRAILERS
                 break
