@@ -1,12 +1,12 @@
 """foal: a complete ASGI server that a person can read in an afternoon.
 
-Owns: the command line, the composition of the four leaves, and the protocols: HTTP/1.1
-    by h11, the ASGI messages, lifespan.
+Owns: the command line, the composition of the four leaves, the life of a server, and
+    the protocols: HTTP/1.1 by h11, TLS by asyncio, WebSocket, ASGI, lifespan.
 Must not know: how an address is bound, why a loop was chosen, when a worker is
     replaced; the leaves decide that, and say it in a sentence.
 
-Read beside: ASGI specification (main, www, lifespan); RFC 9112 and RFC 9110; h11 docs,
-    "API documentation"; Python docs, asyncio — "Transports and Protocols".
+Read beside: ASGI specification (main, www, lifespan); RFC 9112, RFC 9110 and RFC 6455;
+    h11 docs, "API documentation"; Python docs, asyncio — "Transports and Protocols".
 
 The bug that shaped it: `python server.py` loads this file as __main__, and an app that
     says `import server` would load it again, with other classes under the same names.
@@ -244,6 +244,7 @@ class Config:
             raise ValueError("--ssl-keyfile needs --ssl-certfile")
         if self.port > 65535:
             raise ValueError(f"--port must be at most 65535, not {self.port}")
+        # Called now, so that what is wrong with them is said before anything is done.
         for check in (self.loop_choice, self.extra_headers, self.trusted_proxies):
             check()
 
@@ -768,8 +769,8 @@ class Server:
             options["ssl_shutdown_timeout"] = 0.5
         for listener in self.listeners:
             # The argument called backlog is also how many connections asyncio accepts
-            # in one turn of the loop. One: busy workers leave the rest to idle ones,
-            # and out of descriptors is reported once. Then the real backlog again.
+            # a turn (cpython #90871: one more). One: busy workers leave the rest to
+            # idle ones; no more descriptors is said once. Then the real backlog again.
             acceptor = await self.loop.create_server(
                 connect, sock=listener, backlog=1, **options
             )
@@ -1016,7 +1017,7 @@ FIELD_LIMIT = 100  # Apache takes 100
 CHUNK_LINE_LIMIT = 1024  # a size and its extensions, which nobody sends
 CHUNKS_AT_ONCE = 1000  # some 5 ms; then others have their turn
 HIGH_WATER = 64 * 1024  # unread body that we hold before we stop reading; asyncio's own
-STREAM_FLUSH = 64 * 1024  # joined chunks are written from here on at once
+STREAM_FLUSH = 64 * 1024  # from here on chunks are written at once; others have a turn
 LINGER = 5.0  # seconds without a byte, after the last answer, until we stop reading
 LINGER_TOTAL = 30.0  # seconds until we stop in any case; both are nginx's
 FIRST_REQUEST = 1.0  # seconds for a new connection, once the server stops
@@ -1078,7 +1079,7 @@ class HTTPConnection(asyncio.Protocol):
         self.peer = "%s:%d" % client if client else "unix"
         if tcp:
             # Else small answers wait 40 ms for an ACK. asyncio sets it only where the
-            # listener's proto says TCP, and never on Windows (uvicorn #3149).
+            # listener's proto says TCP, and never in a proactor (uvicorn #3149).
             with contextlib.suppress(OSError):  # it may have left already
                 sock = transport.get_extra_info("socket")
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -1132,8 +1133,10 @@ class HTTPConnection(asyncio.Protocol):
                 self.read_events()
                 if gate.chunks == CHUNKS_AT_ONCE:
                     gate.chunks = 0
-                    self.loop.call_soon(self.read)
+                    self.loop.call_soon(self.read)  # in a turn of its own
                     return
+            # Between two requests an end is good order, in a body h11 raises. Half a
+            # head, or a request not yet read, is still to be looked at.
             if gate.eof and (not gate.buffer or conn.their_state is h11.SEND_BODY):
                 conn.receive_data(b"")
                 conn.next_event()
@@ -1232,7 +1235,7 @@ class HTTPConnection(asyncio.Protocol):
             self.server.flush_soon(self)
 
     def flush(self) -> None:
-        # Not writelines: before Python 3.12.9 it never pauses us (CVE-2024-12254).
+        # Not writelines: Python 3.12.0 to 3.12.8 never pauses us then (CVE-2024-12254).
         data = b"".join(self.joined)
         self.joined.clear()
         self.joined_size = 0
@@ -1523,8 +1526,8 @@ def tokens(fields: list[tuple[bytes, bytes]], name: bytes) -> list[str]:
     return [token.strip() for token in values.split(",") if token.strip()]
 
 
-# CRLF ends a line, no other control character does a thing (§2.2), and a line that
-# begins with a space would be folded (§5.2). "*+" never gives back what it has taken.
+# CRLF ends a line, no other control character does a thing (RFC 9112 §2.2), and a line
+# that begins with a space would be folded (RFC 9112 §5.2). "*+" gives nothing back.
 TEXT = rb"[^\x00-\x08\x0a-\x1f\x7f]*+"
 LINES = re.compile(rb"(?:(?![ \t\r])%b\r\n)*+\r\n" % TEXT)
 MORE_LINES = re.compile(rb"%b(?:\r\n(?![ \t])%b)*+\r?" % (TEXT, TEXT))
@@ -1625,8 +1628,8 @@ class Gate:
         return self.take(end)
 
     def expect_body(self) -> None:
-        """A body follows the head that was taken last: note how it ends (§6.3). h11 has
-        read that head, and will say the same, or it has refused."""
+        """A body follows the head that was taken last: note how it ends. h11 has read
+        that head, and will say the same, or it has refused (RFC 9112 §6.3)."""
         head = self.head.lower()
         if b"\r\ntransfer-encoding:" not in head:
             length = CONTENT_LENGTH.search(head)
@@ -2069,8 +2072,8 @@ def split_at_file(conn: h11.Connection, size: int) -> tuple[bytes, bytes]:
 # ─────────────────────────────────────────────────────────────────── 7. WebSocket ──
 #
 # A request that asks for an upgrade starts like any other: h11 reads it, the app is
-# called, and until it accepts it may still answer as for HTTP. Once it
-# has accepted, the session takes the transport over from the connection.
+# called, and until it accepts it may still answer as for HTTP. Once it has accepted,
+# the session takes the transport over from the connection.
 
 CLOSE_TIMEOUT = 10.0  # seconds for the client's half of the closing handshake
 NO_CODE, NO_CLOSE, TOO_BIG, APP_FAILED, RESTART = 1005, 1006, 1009, 1011, 1012
@@ -2221,7 +2224,7 @@ class WebSocketSession(RequestResponseCycle, asyncio.Protocol):
                 raise RuntimeError(f"unexpected message {kind!r} in {phase.name}")
 
     async def deny(self, message: Message) -> None:
-        """Answer as for HTTP (ASGI www, "Websocket Denial Response")."""
+        """Answer as for HTTP (ASGI extension "Websocket Denial Response")."""
         await super().send(message)
         if self.state is ResponseState.COMPLETE:
             self.phase = WebSocketState.CLOSED
@@ -2268,7 +2271,7 @@ class WebSocketSession(RequestResponseCycle, asyncio.Protocol):
         self.transport.set_protocol(self)  # walk: ws 3
         self.transport.resume_reading()
         self.expect_something()
-        eager, connection.gate.buffer = connection.gate.buffer, b""
+        eager, connection.gate.buffer = connection.gate.buffer, b""  # sent too soon
         self.data_received(eager)
         if connection.gate.eof:
             self.eof_received()
@@ -2606,7 +2609,7 @@ class Deflate:
         """The first offer that we can keep (RFC 7692 §5.1, §7.1)."""
         for offer in offers:
             name, *rest = [part.strip() for part in offer.split(";")]
-            # A value may be quoted; "name=" without one is no parameter (§9.1).
+            # A value may be quoted, but must not be empty (RFC 6455 §9.1).
             pairs = [tuple(part.replace('"', "").split("=", 1)) for part in rest]
             parameters = {pair[0]: pair[1] if pair[1:] else None for pair in pairs}
             if name == "permessage-deflate" and len(parameters) == len(rest):
@@ -2641,7 +2644,7 @@ class Deflate:
                 raise WebSocketError(TOO_BIG, "message too big once inflated")
             if not self.decompressor.eof:
                 break
-            # A final block: what follows is a new stream (RFC 7692 §7.2.3.5).
+            # A final block: what follows is a new stream (RFC 7692 §7.2.3.4).
             data, self.decompressor = self.decompressor.unused_data, None
             if not data:
                 break

@@ -282,7 +282,7 @@ class Supervisor:
         try:
             word = worker.pipe.recv()
         except (EOFError, OSError):
-            return  # it is dying: `listen` reaps it
+            return  # it is dying: `reap_the_dead` will see it
         worker.heard = time.monotonic()
         worker.reported = False
         if word == "ready":
