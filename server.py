@@ -1390,8 +1390,7 @@ class HTTPConnection(asyncio.Protocol):
     def hang_up(self) -> None:
         """Half of the grace is over: streams learn it as a client that left."""
         if self.cycle is not None:
-            self.cycle.hung_up = True
-            self.cycle.changed()
+            self.cycle.hang_up()
 
 
 def extensions_of(
@@ -1796,7 +1795,11 @@ class RequestResponseCycle:
         self.changed()
 
     def client_left(self) -> None:
-        self.gone = self.hung_up = True
+        self.gone = True
+        self.hang_up()
+
+    def hang_up(self) -> None:
+        self.hung_up = True
         self.changed()
 
     def changed(self) -> None:
@@ -2399,10 +2402,6 @@ class WebSocketSession(RequestResponseCycle, asyncio.Protocol):
             self.start_close(RESTART)
             self.disconnect["code"] = RESTART
             self.client_left()
-
-    def hang_up(self) -> None:
-        self.hung_up = True
-        self.changed()
 
 
 # ────────────────────────────────────────────────────────────────────── 8. Frames ──
