@@ -2072,6 +2072,8 @@ def split_at_file(conn: h11.Connection, size: int) -> tuple[bytes, bytes]:
 CLOSE_TIMEOUT = 10.0  # seconds for the client's half of the closing handshake
 NO_CODE, NO_CLOSE, TOO_BIG, APP_FAILED, RESTART = 1005, 1006, 1009, 1011, 1012
 GUID = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"  # RFC 6455 §1.3
+KEY = re.compile(rb"[A-Za-z0-9+/]{22}==")  # 16 bytes in base64
+HANDSHAKE_FIELDS = (b"upgrade", b"connection", b"content-length", b"transfer-encoding")
 
 
 class WebSocketState(enum.Enum):
@@ -2104,7 +2106,7 @@ def check_handshake(scope: Scope) -> None:
         raise h11.RemoteProtocolError("WebSocket version must be 13", 426)
     keys = [value for name, value in fields if name == b"sec-websocket-key"]
     framing = {b"transfer-encoding", b"content-length"} & dict(fields).keys()
-    good_key = len(keys) == 1 and WEBSOCKET_KEY.fullmatch(keys[0])
+    good_key = len(keys) == 1 and KEY.fullmatch(keys[0])
     if scope["method"] != "GET" or framing or not good_key:
         raise h11.RemoteProtocolError("malformed WebSocket handshake", 400)
     del scope["method"]
@@ -2113,12 +2115,6 @@ def check_handshake(scope: Scope) -> None:
     scope["subprotocols"] = tokens(fields, b"sec-websocket-protocol")
     kept = {n: v for n, v in scope["extensions"].items() if n in ("tls", "foal.trace")}
     scope["extensions"] = {"websocket.http.response": {}, **kept}
-
-
-WEBSOCKET_KEY = re.compile(rb"[A-Za-z0-9+/]{22}==")  # 16 bytes in base64
-
-
-HANDSHAKE_FIELDS = (b"upgrade", b"connection", b"content-length", b"transfer-encoding")
 
 
 def size_of(message: Message) -> int:
