@@ -1680,8 +1680,12 @@ class Gate:
 # events of h11, and holds the response head back until the first body message: head,
 # body and end leave in one write, and an app that fails early can still be a 500.
 
-
 SENDFILE_PIECE = 256 * 1024  # bytes: a client has SEND_TIMEOUT for each
+END = h11.EndOfMessage()  # one for all
+# What a recipient needs before the body cannot come behind it (RFC 9110 §6.5.1).
+NO_TRAILERS = (b"transfer-encoding", b"content-length", b"host", b"trailer", b"te") + (
+    (b"connection", b"set-cookie", b"authorization", b"content-type", b"cache-control")
+)
 
 
 class ResponseState(enum.Enum):
@@ -2029,15 +2033,6 @@ class RequestResponseCycle:
             self.sent,
             1000 * (server.loop.time() - self.started),
         )
-
-
-END = h11.EndOfMessage()  # one for all
-
-
-# What a recipient needs before the body cannot come behind it (RFC 9110 §6.5.1).
-NO_TRAILERS = (b"transfer-encoding", b"content-length", b"host", b"trailer", b"te") + (
-    (b"connection", b"set-cookie", b"authorization", b"content-type", b"cache-control")
-)
 
 
 def interim(status: int, fields: list) -> h11.InformationalResponse:
