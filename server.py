@@ -92,9 +92,6 @@ logger = logging.getLogger("server")
 access_logger = logging.getLogger("server.access")
 
 
-LEVELS = ("debug", "info", "warning", "error")
-
-
 class StartupError(Exception):
     """The server could not start. The message is one line that says what to do; the
     cause, if there is one, is the app's own exception, shown with its traceback."""
@@ -180,6 +177,7 @@ def option(
 
 
 Repeated = list[str] | None  # an option that may be given several times
+LEVELS = ("debug", "info", "warning", "error")
 
 
 @dataclasses.dataclass(frozen=True)
