@@ -2565,11 +2565,9 @@ class FrameDecoder:
                 raise WebSocketError(1007, "not UTF-8: a surrogate")
 
     def finish(self) -> tuple[Opcode, bytes | str]:
-        text = self.message is Opcode.TEXT
-        whole = self.content.decode() if text else bytes(self.content)
-        result = self.message, whole
+        opcode, content = self.message, self.content
         self.message, self.content = None, bytearray()
-        return result
+        return opcode, content.decode() if opcode is Opcode.TEXT else bytes(content)
 
 
 class Deflate:
