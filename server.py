@@ -2315,7 +2315,6 @@ class WebSocketSession(RequestResponseCycle, asyncio.Protocol):
                 self.messages_size += size_of(self.messages[-1])
                 if self.messages_size > HIGH_WATER:
                     self.transport.pause_reading()
-                    self.expect_something()
                 self.changed()
             case Opcode.PING if self.writable.is_set():  # else it reads no pong anyway
                 self.transport.write(encode_frame(Opcode.PONG, payload))
