@@ -339,12 +339,12 @@ def load_tls(config: Config) -> ssl.SSLContext | None:
     context.set_alpn_protocols(["http/1.1"])
     context.sslobject_class = TLSObject
     password = config.ssl_keyfile_password or ""  # "": never ask on the terminal
+    files = config.ssl_certfile, config.ssl_keyfile
     try:
-        context.load_cert_chain(config.ssl_certfile, config.ssl_keyfile, password)
+        context.load_cert_chain(*files, password)
     except OSError as exc:  # ssl.SSLError is one
-        files = f"--ssl-certfile {config.ssl_certfile}"
-        files += f" --ssl-keyfile {config.ssl_keyfile}"
-        raise StartupError(f"{files}: {exc.strerror or exc}") from None
+        files = " --ssl-keyfile ".join(filter(None, files))
+        raise StartupError(f"--ssl-certfile {files}: {exc.strerror or exc}") from None
     return context
 
 
