@@ -550,11 +550,11 @@ def import_app(name: str, app_dir: str) -> Any:
         raise StartupError(why)
     here = os.path.dirname(os.path.abspath(__file__))
     for ours in ("server", "loops", "sockets", "workers", "reload"):
-        if app_dir != here and os.path.exists(os.path.join(app_dir, f"{ours}.py")):
+        other = os.path.join(app_dir, f"{ours}.py")
+        if app_dir != here and os.path.exists(other):
             if ours == module_name:
                 why = f"{ours}.py has a name of foal's; rename it, or use a package"
                 raise StartupError(why)
-            other = os.path.join(app_dir, f"{ours}.py")
             logger.warning("import %s will give foal's, not %s", ours, other)
     sys.path.insert(0, app_dir)
     sys.path.append(os.path.join(here, "examples"))
