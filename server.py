@@ -405,8 +405,7 @@ def serve_in_worker(
         listener.set_inheritable(False)  # spawn had to make it so (PEP 446)
     configure_logging(config, worker=True)
     with contextlib.ExitStack() as cleanup:
-        server = Server(config, listeners, workers.Lifeline(pipe))
-        code = serve_here(server, cleanup)
+        code = serve_here(Server(config, listeners, workers.Lifeline(pipe)), cleanup)
     leave_within(5.0, code)
     sys.exit(code)
 
