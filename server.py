@@ -47,7 +47,6 @@ import ipaddress
 import itertools
 import logging
 import math
-import multiprocessing
 import multiprocessing.connection
 import os
 import re
