@@ -2018,10 +2018,9 @@ class RequestResponseCycle:
         server, request = self.connection.server, self.request
         if not server.log_access:
             return
-        client = self.client
         access_logger.info(
             '%s "%s %s HTTP/%s" %d %d B %.1f ms',
-            "%s:%d" % client if client else "unix",
+            "%s:%d" % self.client if self.client else "unix",
             request.method.decode("ascii"),
             request.target.decode("ascii").replace('"', "%22"),
             request.http_version.decode("ascii"),
