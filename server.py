@@ -1801,6 +1801,11 @@ class RequestResponseCycle:
         self.hung_up = True
         self.changed()
 
+    async def wait_for_change(self) -> None:
+        self.change = self.change or asyncio.Event()
+        self.change.clear()
+        await self.change.wait()
+
     def changed(self) -> None:
         if self.change is not None:
             self.change.set()
@@ -1814,9 +1819,7 @@ class RequestResponseCycle:
                 return self.take_body()  # walk: 7
             if self.body_state is BodyState.TAKEN and self.connection.gate.eof:
                 break
-            self.change = self.change or asyncio.Event()
-            self.change.clear()
-            await self.change.wait()
+            await self.wait_for_change()
         if self.state is not ResponseState.COMPLETE:
             self.hung_up = True
         return {"type": "http.disconnect"}
@@ -2159,9 +2162,7 @@ class WebSocketSession(RequestResponseCycle, asyncio.Protocol):
             if self.phase is WebSocketState.CONNECTING and self.connection.gate.eof:
                 self.hung_up = True
                 break
-            self.change = self.change or asyncio.Event()
-            self.change.clear()
-            await self.change.wait()
+            await self.wait_for_change()
         if not self.messages:
             return dict(self.disconnect)
         message = self.messages.popleft()  # walk: ws 5
