@@ -2585,11 +2585,11 @@ class Deflate:
             # A value may be quoted, but must not be empty (RFC 6455 §9.1).
             pairs = [tuple(part.replace('"', "").split("=", 1)) for part in rest]
             parameters = {pair[0]: pair[1] if pair[1:] else None for pair in pairs}
-            if name == "permessage-deflate" and len(parameters) == len(rest):
-                if all(v in ACCEPTABLE.get(n, ()) for n, v in parameters.items()):
-                    if not parameters.get("client_max_window_bits", "15"):
-                        del parameters["client_max_window_bits"]  # it would obey a wish
-                    return cls(parameters)
+            good = all(v in ACCEPTABLE.get(n, ()) for n, v in parameters.items())
+            if name == "permessage-deflate" and len(parameters) == len(rest) and good:
+                if not parameters.get("client_max_window_bits", "15"):
+                    del parameters["client_max_window_bits"]  # it would obey a wish
+                return cls(parameters)
         return None
 
     def compress(self, data: bytes) -> bytes:
