@@ -411,9 +411,9 @@ def serve_in_worker(
 
 def serve_here(server: Server, cleanup: contextlib.ExitStack) -> int:
     """Run a loop with this server in this process; return the exit code."""
+    code = 0
     try:
         with stop_on_signals(server, cleanup), make_runner(server.config) as runner:
-            code = 0
             try:
                 runner.run(server.serve())
             except StartupError as exc:
@@ -423,13 +423,12 @@ def serve_here(server: Server, cleanup: contextlib.ExitStack) -> int:
             # Closing a loop waits for the app's tasks and threads.
             overdue = leave_within(5.0, code)
         overdue.cancel()
-        return code
     except StartupError as exc:
         logger.error("%s", exc)
-        return 3
+        code = 3
     except KeyboardInterrupt:
         logger.info("stopped before the app was loaded")
-    return 0
+    return code
 
 
 def make_runner(config: Config) -> asyncio.Runner:
