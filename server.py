@@ -581,21 +581,16 @@ def not_asgi(app: Any) -> str:
     except ValueError:  # some callables written in C have none: trust them
         return ""
 
-    def takes(count: int) -> bool:
-        try:
+    guesses = (
+        (3, ""),
+        (2, "it looks like WSGI; wrap it, for example in a2wsgi.WSGIMiddleware"),
+        (1, "it looks like ASGI 2; wrap it in asgiref's guarantee_single_callable"),
+        (0, "is it a factory? then add --factory"),
+    )
+    for count, guess in guesses:
+        with contextlib.suppress(TypeError):
             signature.bind(*range(count))
-        except TypeError:
-            return False
-        return True
-
-    if takes(3):
-        return ""
-    if takes(2):
-        return "it looks like WSGI; wrap it, for example in a2wsgi.WSGIMiddleware"
-    if takes(1):
-        return "it looks like ASGI 2; wrap it in asgiref's guarantee_single_callable"
-    if takes(0):
-        return "is it a factory? then add --factory"
+            return guess
     return f"it takes {signature}"
 
 
