@@ -1146,7 +1146,7 @@ class HTTPConnection(asyncio.Protocol):
                 self.cycle.body_received(event.data)
             else:
                 assert kind is h11.EndOfMessage, "the gate passes one message at a time"
-                self.cycle.body_ended()
+                self.cycle.changed()  # their_state says that the body has arrived
                 return
 
     def start_request(self, request: h11.Request) -> None:
@@ -1691,14 +1691,6 @@ class ResponseState(enum.Enum):
     COMPLETE = enum.auto()
 
 
-class BodyState(enum.Enum):
-    """Where the request body is."""
-
-    ARRIVING = enum.auto()  # ──► all of it has arrived
-    ARRIVED = enum.auto()  # ──► receive has returned the last of it
-    TAKEN = enum.auto()
-
-
 class RequestResponseCycle:
     """One request and its response: runs the app, and owns its receive and send."""
 
@@ -1717,7 +1709,7 @@ class RequestResponseCycle:
     # How it stands at first. Set here, because most requests change few of them.
     task: asyncio.Task | None = None
 
-    body_state = BodyState.ARRIVING
+    body_taken = False  # receive has returned the last of it
     body_size = 0  # bytes in self.body
     arrived = 0  # bytes in all
     change: asyncio.Event | None = None  # made when receive first has to wait
@@ -1783,10 +1775,6 @@ class RequestResponseCycle:
             self.connection.transport.pause_reading()
         self.changed()
 
-    def body_ended(self) -> None:
-        self.body_state = BodyState.ARRIVED
-        self.changed()
-
     def client_left(self) -> None:
         self.gone = True
         self.hang_up()
@@ -1809,9 +1797,10 @@ class RequestResponseCycle:
         or the response is complete (ASGI www, "Request", "Disconnect")."""
         self.maybe_send_continue()
         while not self.hung_up and self.state is not ResponseState.COMPLETE:
-            if self.body or self.body_state is BodyState.ARRIVED:
-                return self.take_body()  # walk: 7
-            if self.body_state is BodyState.TAKEN and self.connection.gate.eof:
+            more_body = self.connection.conn.their_state is h11.SEND_BODY
+            if self.body or not (more_body or self.body_taken):
+                return self.take_body(more_body)  # walk: 7
+            if self.body_taken and self.connection.gate.eof:
                 break
             await self.wait_for_change()
         if self.state is not ResponseState.COMPLETE:
@@ -1827,15 +1816,13 @@ class RequestResponseCycle:
             connection.write(conn.send(interim(100, [])))
             connection.deadline = 0.0
 
-    def take_body(self) -> Message:
+    def take_body(self, more_body: bool) -> Message:
         body = b"".join(self.body)
         self.body.clear()
         held_up, self.body_size = self.body_size > HIGH_WATER, 0
         if held_up:
             self.connection.limit_reading()
-        more_body = self.body_state is BodyState.ARRIVING
-        if not more_body:
-            self.body_state = BodyState.TAKEN
+        self.body_taken = not more_body
         return {"type": "http.request", "body": body, "more_body": more_body}
 
     # Sending.
