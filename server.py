@@ -362,6 +362,29 @@ class TLSObject(ssl.SSLObject):
             raise
 
 
+def open_listeners(
+    config: Config, cleanup: contextlib.ExitStack
+) -> list[socket.socket]:
+    """Bind and listen as asked; `cleanup` undoes it. Raises StartupError."""
+    fds = sockets.systemd_fds(os.environ, os.getpid())
+    try:
+        if config.fd is not None:
+            listeners = [sockets.adopt(config.fd, config.backlog)]
+        elif config.uds is not None:
+            listener, file = sockets.bind_unix(config.uds, config.backlog)
+            cleanup.callback(file.remove)
+            listeners = [listener]
+        elif fds:
+            listeners = [sockets.adopt(fd, config.backlog) for fd in fds]
+        else:
+            listeners = sockets.bind_tcp(config.host, config.port, config.backlog)
+    except OSError as exc:
+        raise StartupError(exc.strerror or str(exc)) from None
+    for listener in listeners:
+        cleanup.callback(listener.close)
+    return listeners
+
+
 def supervise(
     config: Config, listeners: list[socket.socket], cleanup: contextlib.ExitStack
 ) -> int:
@@ -456,29 +479,6 @@ async def serve(app: ASGIApp | str, **options: Any) -> None:
     config = Config(app, **options)
     with contextlib.ExitStack() as cleanup:
         await Server(config, open_listeners(config, cleanup)).serve()
-
-
-def open_listeners(
-    config: Config, cleanup: contextlib.ExitStack
-) -> list[socket.socket]:
-    """Bind and listen as asked; `cleanup` undoes it. Raises StartupError."""
-    fds = sockets.systemd_fds(os.environ, os.getpid())
-    try:
-        if config.fd is not None:
-            listeners = [sockets.adopt(config.fd, config.backlog)]
-        elif config.uds is not None:
-            listener, file = sockets.bind_unix(config.uds, config.backlog)
-            cleanup.callback(file.remove)
-            listeners = [listener]
-        elif fds:
-            listeners = [sockets.adopt(fd, config.backlog) for fd in fds]
-        else:
-            listeners = sockets.bind_tcp(config.host, config.port, config.backlog)
-    except OSError as exc:
-        raise StartupError(exc.strerror or str(exc)) from None
-    for listener in listeners:
-        cleanup.callback(listener.close)
-    return listeners
 
 
 @contextlib.contextmanager
