@@ -317,6 +317,31 @@ def run(app: ASGIApp | str | Config, **options: Any) -> int:
         return serve_here(Server(config, listeners), cleanup)
 
 
+def configure_logging(config: Config, worker: bool = False) -> None:
+    """Lines on standard error, unless our caller has set up its own logging."""
+    logger.setLevel(config.log_level.upper())
+    if logger.hasHandlers():
+        return
+    pid = "[%(process)d] " if worker else ""
+    handler = logging.StreamHandler()
+    handler.setFormatter(LogFormatter(f"%(asctime)s %(levelname)-7s {pid}%(message)s"))
+    logger.addHandler(handler)
+    logger.propagate = False  # the app may give the root logger a handler as well
+
+
+class LogFormatter(logging.Formatter):
+    """Colours for levels: on a terminal only, and not with NO_COLOR (no-color.org)."""
+
+    colours = {logging.ERROR: "\x1b[31m", logging.WARNING: "\x1b[33m"}
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        line = super().formatMessage(record)
+        colour = self.colours.get(record.levelno)
+        if colour and sys.stderr.isatty() and not os.environ.get("NO_COLOR"):
+            line = f"{colour}{line}\x1b[0m"
+        return line
+
+
 def check_surroundings(config: Config) -> None:
     """Raises StartupError for what no later step could explain as well."""
     if tuple(map(int, h11.__version__.split(".")[:2])) < (0, 16):
@@ -615,31 +640,6 @@ def app_traceback(exc: BaseException) -> str:
     while trace and trace.tb_frame.f_code.co_filename.startswith(ours):
         trace = trace.tb_next
     return "".join(traceback.format_exception(type(exc), exc, trace)).rstrip()
-
-
-def configure_logging(config: Config, worker: bool = False) -> None:
-    """Lines on standard error, unless our caller has set up its own logging."""
-    logger.setLevel(config.log_level.upper())
-    if logger.hasHandlers():
-        return
-    pid = "[%(process)d] " if worker else ""
-    handler = logging.StreamHandler()
-    handler.setFormatter(LogFormatter(f"%(asctime)s %(levelname)-7s {pid}%(message)s"))
-    logger.addHandler(handler)
-    logger.propagate = False  # the app may give the root logger a handler as well
-
-
-class LogFormatter(logging.Formatter):
-    """Colours for levels: on a terminal only, and not with NO_COLOR (no-color.org)."""
-
-    colours = {logging.ERROR: "\x1b[31m", logging.WARNING: "\x1b[33m"}
-
-    def formatMessage(self, record: logging.LogRecord) -> str:
-        line = super().formatMessage(record)
-        colour = self.colours.get(record.levelno)
-        if colour and sys.stderr.isatty() and not os.environ.get("NO_COLOR"):
-            line = f"{colour}{line}\x1b[0m"
-        return line
 
 
 # ────────────────────────────────────────────────────────────────────── 3. Server ──
