@@ -83,6 +83,16 @@ class Lifeline:
         threading.Thread(target=wait, name="lifeline", daemon=True).start()
 
 
+def ignore_group_signals() -> None:
+    """For a worker: what reaches the whole process group is its supervisor's
+    business."""
+    for name in ("SIGINT", "SIGBREAK", "SIGHUP"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+
+
 # The supervisor's side.
 
 
@@ -143,16 +153,6 @@ class Worker:
             logger.warning("%s ignores its stop: %s", self, step.__name__)
             step()
             self.next_step = time.monotonic() + TERMINATED
-
-
-def ignore_group_signals() -> None:
-    """For a worker: what reaches the whole process group is its supervisor's
-    business."""
-    for name in ("SIGINT", "SIGBREAK", "SIGHUP"):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
-    if hasattr(signal, "pthread_sigmask"):
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 
 
 class Supervisor:
