@@ -273,11 +273,6 @@ class Supervisor:
             if source in pipes:
                 self.hear(pipes[source])
 
-    def reap_the_dead(self) -> None:
-        for worker in list(self.workers):
-            if not worker.process.is_alive():
-                self.reap(worker)
-
     def hear(self, worker: Worker) -> None:
         try:
             word = worker.pipe.recv()
@@ -293,6 +288,11 @@ class Supervisor:
         elif word == "retire" and worker.state is State.READY:
             worker.state = State.OUTDATED
             logger.info("%s has served its share: replacing it", worker)
+
+    def reap_the_dead(self) -> None:
+        for worker in list(self.workers):
+            if not worker.process.is_alive():
+                self.reap(worker)
 
     def reap(self, worker: Worker) -> None:
         """A worker is dead: say why and for how long it ran, and decide what that
