@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import enum
 import logging
-import multiprocessing
 import multiprocessing.connection
 import multiprocessing.resource_tracker
 import os
