@@ -191,12 +191,8 @@ def adopt(fd: int, backlog: int) -> socket.socket:
     except OSError as exc:
         why = f"--fd {fd} is no open socket: {exc.strerror}"
         raise OSError(exc.errno, why) from None
-    family, kind, proto, name = (
-        found.family,
-        found.type,
-        found.proto,
-        found.getsockname(),
-    )
+    family, kind, proto = found.family, found.type, found.proto
+    name = found.getsockname()
     if family in (socket.AF_INET, socket.AF_INET6):
         proto = socket.IPPROTO_TCP  # not every system tells it
         name = name[1]  # the port, 0 until it is bound
