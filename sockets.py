@@ -103,9 +103,7 @@ def listen_on(family: int, address: tuple, backlog: int) -> socket.socket:
         listener.listen(backlog)  # walk: 1
     except OSError as exc:
         listener.close()
-        shown = (
-            f"[{address[0]}]:{address[1]}" if ":" in address[0] else "%s:%s" % address
-        )
+        host = f"[{address[0]}]" if ":" in address[0] else address[0]
         hints = {
             errno.EADDRINUSE: "is in use; stop the other server, or choose another "
             "--port (0 picks a free one)",
@@ -115,7 +113,7 @@ def listen_on(family: int, address: tuple, backlog: int) -> socket.socket:
             "--host",
         }
         hint = hints.get(exc.errno, f"cannot be used: {exc.strerror}")
-        raise OSError(exc.errno, f"{shown} {hint}") from None
+        raise OSError(exc.errno, f"{host}:{address[1]} {hint}") from None
     return listener
 
 
