@@ -70,7 +70,8 @@ except ModuleNotFoundError:
     if __name__ != "__main__":
         raise
     # A newcomer's first mistake deserves a sentence instead of a traceback.
-    print('foal needs h11; run: pip install "h11>=0.16"', file=sys.stderr)
+    how = f'{sys.executable} -m pip install "h11>=0.16"'
+    print(f"foal needs h11; run: {how}", file=sys.stderr)
     sys.exit(3)
 
 import loops
@@ -134,9 +135,10 @@ def make_parser() -> Parser:
         if field.type == "bool":  # naming it turns the default round
             how["action"] = "store_false" if field.default else "store_true"
         else:
-            how["metavar"] = field.metadata["metavar"]
-            # A string: annotations are not evaluated in this file.
-            how["type"] = {"int": int, "float": float}.get(field.type.split()[0], str)
+            kind = field.type.split()[0]  # a string: annotations are not evaluated
+            how["type"] = {"int": int, "float": float}.get(kind, str)
+            seconds = "SECONDS" if kind == "float" else None
+            how["metavar"] = field.metadata["metavar"] or seconds
         if field.type == "Repeated":
             how["action"] = "append"
         flag = flag_of(field)
@@ -210,10 +212,10 @@ class Config:
     header: Repeated = option(None, "field of each response; repeatable", "NAME:VALUE")
     server_header: bool = option(True, "no Server field")
     proxy_headers: bool = option(False, "believe X-Forwarded-For and -Proto")
-    forwarded_allow_ips: str = option("127.0.0.1,::1", "believe these, or *", "LIST")
+    forwarded_allow_ips: str = option("127.0.0.1,::1", "proxies, or *", "LIST")
 
-    limit_concurrency: int | None = option(None, "at once, then 503", minimum=1)
-    limit_max_requests: int | None = option(None, "in all, then stop", minimum=1)
+    limit_concurrency: int | None = option(None, "in flight, then 503", minimum=1)
+    limit_max_requests: int | None = option(None, "requests, then stop", minimum=1)
     timeout_keep_alive: float = option(5.0, "wait for the next request", minimum=0)
     timeout_request_head: float = option(10.0, "wait for a whole head", minimum=0)
     timeout_request_body: float = option(60.0, "wait for more of a body", minimum=0)
@@ -226,7 +228,9 @@ class Config:
     ws_ping_timeout: float = option(20.0, "wait for its pong, 0 for ever", minimum=0)
     ws_deflate: bool = option(True, "no permessage-deflate")
     # No default: only the app's author knows how long its event loop may be blocked.
-    timeout_worker_healthcheck: float | None = option(None, "silence", minimum=1)
+    timeout_worker_healthcheck: float | None = option(
+        None, "replace if silent", minimum=1
+    )
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self)[1:]:
@@ -1306,6 +1310,7 @@ class HTTPConnection(asyncio.Protocol):
         """The one place that answers errors: with `status` if h11 allows it."""
         cycle, conn = self.cycle, self.conn
         answerable = conn.our_state in (h11.IDLE, h11.SEND_RESPONSE)
+        text = b"%d %s\n" % (status, phrase(status))
         if reason:
             seen = "" if cycle else excerpt(self.gate.head or self.gate.buffer)
             level = logging.INFO if self.gate.eof else logging.WARNING  # it just left
@@ -1314,11 +1319,11 @@ class HTTPConnection(asyncio.Protocol):
             self.cycle = None
             cycle.client_left()
             cycle.state = ResponseState.COMPLETE
+            cycle.sent += len(text) if answerable and not cycle.no_content else 0
             cycle.log_access(status if answerable else cycle.response.status_code)
         if not answerable:
             self.cut()
             return
-        text = b"%d %s\n" % (status, phrase(status))
         fields = [
             (b"content-type", b"text/plain; charset=utf-8"),
             (b"content-length", b"%d" % len(text)),

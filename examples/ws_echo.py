@@ -5,7 +5,8 @@
 # Run:   python server.py ws_echo:app
 # Try:   in a browser's console, on any page of http://localhost:8000:
 #        s = new WebSocket("ws://localhost:8000")
-#        s.onmessage = event => console.log(event.data); s.send("hello")
+#        s.onmessage = event => console.log(event.data)
+#        s.onopen = () => s.send("hello")
 # Look:  server.py, chapter 7, WebSocketSession
 
 
