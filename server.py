@@ -757,10 +757,9 @@ class Server:
             connect = start_trace(self)
         options: dict[str, Any] = {}
         if self.tls is not None:
-            # The last is for the client's close_notify; nobody needs to wait for it.
             deadline = self.config.timeout_request_head or None
             options = {"ssl": self.tls, "ssl_handshake_timeout": deadline}
-            options["ssl_shutdown_timeout"] = 0.5
+            options["ssl_shutdown_timeout"] = LINGER  # what is unsent included
         for listener in self.listeners:
             # The argument called backlog is also how many connections asyncio accepts
             # a turn (cpython #90871: one more). One: busy workers leave the rest to
@@ -846,9 +845,12 @@ class Server:
             self.flush()
 
     def flush(self) -> None:
-        for connection in self.unwritten:
-            connection.flush()
-        self.unwritten.clear()
+        try:
+            while self.unwritten:
+                self.unwritten.pop().flush()
+        finally:  # nobody has to wait because a transport of somebody else's raises
+            if self.unwritten:
+                self.loop.call_soon(self.flush)
 
     def response(self, status: int, fields: list) -> tuple[h11.Response, int | None]:
         """A response event with our own fields added, and its Content-Length.
@@ -860,8 +862,9 @@ class Server:
         key = (status, *fields)
         try:
             return self.responses[key]
-        except (KeyError, TypeError):  # a field may be a list, and has no hash
-            fields = bytes_only(key[1:])
+        except (KeyError, TypeError):
+            pass  # because it is new; or a field is a list, which has no hash
+        fields = bytes_only(key[1:])
         found = self.make_response(status, fields)
         if len(self.responses) < RESPONSE_CACHE:
             self.responses[status, *fields] = found
@@ -1015,7 +1018,8 @@ STREAM_FLUSH = 64 * 1024  # from here on chunks are written at once; others have
 LINGER = 5.0  # seconds without a byte, after the last answer, until we stop reading
 LINGER_TOTAL = 30.0  # seconds until we stop in any case; both are nginx's
 FIRST_REQUEST = 1.0  # seconds for a new connection, once the server stops
-SEND_TIMEOUT = 60.0  # seconds without a byte taken by the client, as nginx's
+CLOSE_NOTIFY = 0.5  # seconds for a client to end TLS in good order, then
+SEND_TIMEOUT = 60.0  # seconds in which the kernel takes nothing from us, as nginx's
 REFUSAL_FIELDS = {
     426: [(b"upgrade", b"websocket"), (b"sec-websocket-version", b"13")],
     503: [(b"retry-after", b"1")],
@@ -1276,7 +1280,8 @@ class HTTPConnection(asyncio.Protocol):
         if (what, self.turn, progress) != self.waiting:
             self.waiting = what, self.turn, progress
             self.end = now + seconds
-        self.deadline = self.end
+        # How far a client has read, nobody tells us: look again at the next tick.
+        self.deadline = 0.0 if what is Waiting.CLIENT_TO_READ else self.end
         if self.end > now:
             return
         if what in (Waiting.CLIENT_TO_READ, Waiting.CLIENT_TO_CLOSE):
@@ -1290,7 +1295,7 @@ class HTTPConnection(asyncio.Protocol):
         """What for, a number that changes with progress within it, and how long."""
         conn, config = self.conn, self.server.config
         unsent = self.transport.get_write_buffer_size()
-        if not self.writable.is_set() or (self.lingering and unsent):
+        if not self.writable.is_set() or (unsent and self.cycle is None):
             return Waiting.CLIENT_TO_READ, unsent, SEND_TIMEOUT
         if self.lingering:
             seconds = min(LINGER, self.linger_end - now)
@@ -1300,7 +1305,7 @@ class HTTPConnection(asyncio.Protocol):
         if self.cycle is None:
             return Waiting.NEXT_REQUEST, 0, config.timeout_keep_alive
         if conn.their_state is h11.SEND_BODY and self.transport.is_reading():
-            if not conn.they_are_waiting_for_100_continue:
+            if not (conn.they_are_waiting_for_100_continue or self.cycle.owes_continue):
                 return Waiting.BODY, self.cycle.arrived, config.timeout_request_body
         return Waiting.APP, 0, math.inf
 
@@ -1381,6 +1386,8 @@ class HTTPConnection(asyncio.Protocol):
             self.deadline = self.end
         elif self.cycle is None:
             self.close()
+            # A client's close_notify, under TLS, is not worth a longer wait.
+            self.loop.call_later(CLOSE_NOTIFY, self.transport.abort)
 
     def hang_up(self) -> None:
         """Half of the grace is over: streams learn it as a client that left."""
@@ -1689,9 +1696,11 @@ class ResponseState(enum.Enum):
     #   EXPECTING_START ─────────► EXPECTING_BODY ─────────────────► COMPLETE
     #                              ▲            │ more_body=True         ▲
     #                              └────────────┘                        │
-    #            trailers=True:    EXPECTING_BODY ──► EXPECTING_TRAILERS ┘
+    #            trailers=True:    EXPECTING_BODY ──► EXPECTING_TRAILERS ┤
+    #            pathsend:         EXPECTING_BODY ──► SENDING_FILE ──────┘
     EXPECTING_START = enum.auto()
     EXPECTING_BODY = enum.auto()
+    SENDING_FILE = enum.auto()  # for a pathsend; stays so if that fails half-way
     EXPECTING_TRAILERS = enum.auto()
     COMPLETE = enum.auto()
 
@@ -1949,6 +1958,7 @@ class RequestResponseCycle:
                 before, after = split_at_file(conn, size)
                 connection.write(data + before)
                 connection.flush()
+                self.state = ResponseState.SENDING_FILE
                 for offset in range(0, size, SENDFILE_PIECE):
                     piece = min(SENDFILE_PIECE, size - offset)
                     await self.send_piece(file, offset, piece)

@@ -181,6 +181,39 @@ class TestBody:
             assert c.response()[::2] == (200, b"18")
 
 
+    def test_each_body_has_a_gap_of_its_own(self):
+        """What if the end of one body and the next head come together, so that no tick
+        falls between the two waits?"""
+        head = post(b"Content-Length: 1")
+        with serving(drain, timeout_request_body=GAP) as s, s.connect() as c:
+            c.send(head)
+            end = time.monotonic() + 2 * GAP
+            while (left := end - time.monotonic()) > 0:
+                select.select([], [], [], min(left, 0.6 * GAP))
+                c.send(b"x" + head)
+                assert c.response()[0] == 200
+            c.send(b"x")
+            assert c.response()[0] == 200
+
+    def test_who_was_given_a_hint_is_still_asked_for_the_body(self):
+        """h11 takes a 103 for the answer to Expect: 100-continue."""
+        go = asyncio.Event()
+
+        async def app(scope, receive, send):
+            await send({"type": "http.response.early_hint", "links": [b"</x>"]})
+            await go.wait()
+            await drain(scope, receive, send)
+
+        with serving(app, timeout_request_body=SHORT) as s, s.connect() as c:
+            c.send(post(b"Content-Length: 1", b"Expect: 100-continue"))
+            c.read_until(b"HTTP/1.1 103 ")
+            select.select([c.sock], [], [], LONG)
+            s.call(go.set)
+            c.read_until(b"HTTP/1.1 100 Continue\r\n\r\n")
+            c.send(b"x")
+            assert c.response()[0] == 200
+
+
 class TestTheApp:
     """No deadline runs while it is the app's turn."""
 

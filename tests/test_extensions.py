@@ -710,6 +710,56 @@ class TestOnTheWay:
     """What may happen while a file is sent (behaviour.md §3, §4)."""
 
     @BOTH
+    def test_after_a_cancelled_file_nothing_follows_as_its_content(self, tmp_path, tls):
+        """What if the app gives up half-way, and goes on as if nothing was?"""
+        path, seen = sparse(tmp_path, LARGE), queue.Queue()
+
+        async def app(scope, receive, send):
+            await send(start(length(LARGE)))
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(0.1):
+                    await send(pathsend(path))
+            try:
+                await send({"type": "http.response.body", "body": b""})
+            except RuntimeError as exc:
+                seen.put(str(exc))
+                raise
+
+        options = {"ssl_certfile": CERTIFICATE} if tls else {}
+        with serve(app, **options) as running, connect(running, tls) as client:
+            client.send(GET + GET)
+            data = until_the_end(client)
+            assert "SENDING_FILE" in seen.get(timeout=PATIENCE)
+        assert len(data) < LARGE and data.count(b"HTTP/1.1 ") == 1
+
+    def test_what_is_sent_meanwhile_is_refused_and_harms_nobody(self, tmp_path):
+        """What if two tasks of one app send at once? Another client's stream goes on."""
+        path, seen, go = sparse(tmp_path, LARGE), queue.Queue(), asyncio.Event()
+
+        async def app(scope, receive, send):
+            if scope["path"] == "/stream":
+                await send(start())
+                await go.wait()
+                await send({"type": "http.response.body", "body": b"event", "more_body": True})
+                return await asyncio.Event().wait()
+            await send(start(length(LARGE)))
+            sending = asyncio.create_task(send(pathsend(path)))
+            await asyncio.sleep(0)
+            go.set()
+            try:
+                await send({"type": "http.response.body", "body": b"x"})
+            except RuntimeError as exc:
+                seen.put(str(exc))
+            await sending
+
+        with serve(app, timeout_graceful_shutdown=0.2) as running:
+            with running.connect() as other, running.connect() as client:
+                other.send(GET.replace(b"GET / ", b"GET /stream "))
+                client.send(GET)
+                assert "SENDING_FILE" in seen.get(timeout=PATIENCE)
+                other.read_until(b"event")
+
+    @BOTH
     @pytest.mark.parametrize("chunked", [False, True])
     def test_a_file_that_shrinks_does_not_look_complete(self, tmp_path, chunked, tls):
         path, seen = sparse(tmp_path, LARGE), queue.Queue()

@@ -610,6 +610,20 @@ class TestDeadlines:
             assert client.response()[0] == 200
             assert client.read_all() == b""
 
+    def test_an_answer_reaches_a_client_that_pauses_before_it_reads_the_end(self):
+        """What if the keep-alive time is over before asyncio has passed on the rest?"""
+        size = 4 * 1024 * 1024
+
+        async def app(scope, receive, send):
+            await send(START)
+            await send(body(bytes(size)))
+
+        with serve(app, timeout_keep_alive=SHORT) as running, secure(running) as client:
+            client.send(GET)
+            client.read_until(b"\r\n\r\n")
+            threading.Event().wait(1.5)  # the pause
+            assert client.read_all().count(b"\0") == size
+
     def test_half_a_body_is_408(self):
         with serve(echo, timeout_request_body=SHORT) as running:
             assert ask(running, post(b"hello")[:-1])[0] == 408
