@@ -1131,7 +1131,7 @@ class HTTPConnection(asyncio.Protocol):
                 self.read_events()
                 if gate.chunks == CHUNKS_AT_ONCE:
                     gate.chunks = 0
-                    self.loop.call_soon(self.read)  # in a turn of its own
+                    self.loop.call_soon(self.read_on)
                     return
             # Between two requests an end is good order, in a body h11 raises. Half a
             # head, or a request not yet read, is still to be looked at.
@@ -1143,6 +1143,11 @@ class HTTPConnection(asyncio.Protocol):
             return
         if gate.eof and self.cycle is None:
             self.close()  # all is said, or half a head that will never be whole
+
+    def read_on(self) -> None:
+        """What was left of a read, after the others have had their turn."""
+        self.read()
+        self.limit_reading()
 
     def read_events(self) -> None:
         conn = self.conn
@@ -1833,8 +1838,8 @@ class RequestResponseCycle:
     def take_body(self, more_body: bool) -> Message:
         body = b"".join(self.body)
         self.body.clear()
-        held_up, self.body_size = self.body_size > HIGH_WATER, 0
-        if held_up:
+        self.body_size = 0
+        if not self.connection.transport.is_reading():
             self.connection.limit_reading()
         self.body_taken = not more_body
         return {"type": "http.request", "body": body, "more_body": more_body}

@@ -81,6 +81,26 @@ def test_a_read_full_of_chunks_is_taken_in_by_and_by(monkeypatch):
     assert max(map(len, messages)) <= 20 and len(messages) >= 50
 
 
+def test_an_upload_in_tiny_chunks_arrives():
+    """What if so many wait in our buffer that we have stopped reading?"""
+    count, sizes = 100_000, []
+
+    async def app(scope, receive, send):
+        more = True
+        while more:
+            message = await receive()
+            sizes.append(len(message["body"]))
+            more = message["more_body"]
+        await send(START)
+        await send(END)
+
+    head = GET[:-2] + b"Transfer-Encoding: chunked\r\n\r\n"
+    with serving(app) as running, running.connect() as client:
+        client.send(head.replace(b"GET", b"POST") + b"1\r\nx\r\n" * count + b"0\r\n\r\n")
+        assert client.response()[0] == 200
+    assert sum(sizes) == count
+
+
 def test_a_read_full_of_frames_is_taken_in_by_and_by():
     """What if 10,000 small messages arrive at once, and the app echoes each?"""
     count = 10_000
