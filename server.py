@@ -1131,7 +1131,7 @@ class HTTPConnection(asyncio.Protocol):
                 self.read_events()
                 if gate.chunks == CHUNKS_AT_ONCE:
                     gate.chunks = 0
-                    self.loop.call_soon(self.read_on)
+                    self.loop.call_soon(self.read)  # in a turn of its own
                     return
             # Between two requests an end is good order, in a body h11 raises. Half a
             # head, or a request not yet read, is still to be looked at.
@@ -1143,11 +1143,6 @@ class HTTPConnection(asyncio.Protocol):
             return
         if gate.eof and self.cycle is None:
             self.close()  # all is said, or half a head that will never be whole
-
-    def read_on(self) -> None:
-        """What was left of a read, after the others have had their turn."""
-        self.read()
-        self.limit_reading()
 
     def read_events(self) -> None:
         conn = self.conn
