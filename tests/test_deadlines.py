@@ -189,7 +189,7 @@ class TestBody:
             c.send(head)
             end = time.monotonic() + 2 * GAP
             while (left := end - time.monotonic()) > 0:
-                select.select([], [], [], min(left, 0.6 * GAP))
+                select.select([c.sock], [], [], min(left, 0.6 * GAP))
                 c.send(b"x" + head)
                 assert c.response()[0] == 200
             c.send(b"x")
