@@ -1386,8 +1386,9 @@ class HTTPConnection(asyncio.Protocol):
             self.deadline = self.end
         elif self.cycle is None:
             self.close()
-            # A client's close_notify, under TLS, is not worth a longer wait.
-            self.loop.call_later(CLOSE_NOTIFY, self.transport.abort)
+            if what is not Waiting.CLIENT_TO_READ:
+                # A client's close_notify, under TLS, is not worth a longer wait.
+                self.loop.call_later(CLOSE_NOTIFY, self.transport.abort)
 
     def hang_up(self) -> None:
         """Half of the grace is over: streams learn it as a client that left."""

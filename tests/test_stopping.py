@@ -57,6 +57,18 @@ class TestGracefulStop:
                 ask_to_stop(running)
                 assert idle.read_all() == silent.read_all() == b""
 
+    def test_a_client_that_still_reads_its_answer_gets_the_end_of_it(self):
+        """What if the app has said all, and the client pauses while the server stops?"""
+        size = 8 * 1024 * 1024
+        with serve(saying(START, body(bytes(size))), **LONG) as running:
+            with running.connect() as client:
+                client.send(GET)
+                client.read_until(b"\r\n\r\n")
+                ask_to_stop(running)
+                no_longer_accepts(running)
+                threading.Event().wait(1.2)  # the pause, longer than CLOSE_NOTIFY
+                assert client.read_all().count(b"\0") == size
+
     def test_a_request_in_flight_finishes_with_connection_close(self):
         app = Gated()
         with serve(app, **LONG) as running, running.connect() as client:
