@@ -19,6 +19,7 @@ import socket
 import subprocess
 import sys
 import threading
+import zlib
 from pathlib import Path
 
 import h11
@@ -35,11 +36,24 @@ GET = b"GET / HTTP/1.1\r\nHost: test\r\n\r\n"
 
 
 def pytest_configure(config):
+    # With CI in the environment, pytest compares all lines of values that differ: of
+    # 64 KiB for minutes, and a test that fails becomes one that hangs.
+    os.environ.pop("CI", None)
     if os.name == "nt":
         # asyncio leaves the socket of an accept that fails to the garbage collector
         # (cpython #93821): its ResourceWarning is not ours to mend.
         ignore = "ignore::pytest.PytestUnraisableExceptionWarning"
         config.addinivalue_line("filterwarnings", ignore)
+
+
+def brief(value):
+    """What a failing test can show: of a long value both ends and a checksum. (With -v,
+    pytest would compare 64 KiB line by line, for minutes.)"""
+    text = repr(value)
+    if len(text) < 2000:
+        return value
+    checksum = zlib.crc32(text.encode())
+    return f"{text[:60]}…{text[-20:]} ({len(text)} characters, CRC {checksum:08x})"
 
 
 class Client:
