@@ -82,7 +82,8 @@ def test_a_read_full_of_chunks_is_taken_in_by_and_by(monkeypatch):
 
 
 def test_an_upload_in_tiny_chunks_arrives():
-    """What if so many wait in our buffer that we have stopped reading?"""
+    """What if so many wait in our buffer that we have stopped reading? And when we read
+    again, there is still one turn at a time for what waits."""
     count, sizes = 100_000, []
 
     async def app(scope, receive, send):
@@ -99,6 +100,7 @@ def test_an_upload_in_tiny_chunks_arrives():
         client.send(head.replace(b"GET", b"POST") + b"1\r\nx\r\n" * count + b"0\r\n\r\n")
         assert client.response()[0] == 200
     assert sum(sizes) == count
+    assert max(sizes) <= 2 * server.CHUNKS_AT_ONCE
 
 
 def test_a_read_full_of_frames_is_taken_in_by_and_by():
