@@ -11,6 +11,7 @@ import tracemalloc
 import zlib
 
 import pytest
+from conftest import brief
 
 import server
 from server import Deflate, FrameDecoder, Opcode, WebSocketError
@@ -140,6 +141,11 @@ class TestMask:
     def test_keys_and_data_with_zeros_at_either_end_keep_their_length(self, mask):
         for data in (bytes(9), b"\xff" * 9, bytes(5) + b"\1", b"\1" + bytes(6)):
             assert server.apply_mask(mask, data) == naive_mask(mask, data)
+
+    @pytest.mark.parametrize("more", [-1, 0, 1, 4, server.MASK_BLOCK + 3])
+    def test_what_takes_more_than_one_block_is_the_same(self, more):
+        data = random.Random(3).randbytes(server.MASK_BLOCK + more)
+        assert brief(server.apply_mask(MASK, data)) == brief(naive_mask(MASK, data))
 
     def test_the_same_again_restores_the_data(self):
         data = random.Random(2).randbytes(1001)
