@@ -19,7 +19,7 @@ from pathlib import Path
 
 import h11
 import pytest
-from conftest import GET, PATIENCE, ROOT, Client, Process
+from conftest import GET, PATIENCE, ROOT, Client, Process, environment
 
 import server
 import sockets
@@ -70,7 +70,7 @@ def foal(*arguments, start=(SERVER,), cwd=ROOT, **env) -> Outcome:
     done = subprocess.run(
         [str(part) for part in (sys.executable, *start, *arguments)],
         cwd=cwd,
-        env={**os.environ, "PYTHONUNBUFFERED": "1", **env},
+        env=environment(**env),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -510,7 +510,7 @@ class TestColours:
     def on_a_terminal(self, **env) -> str:
         """What a terminal sees of a start that fails."""
         master, terminal = os.openpty()
-        clean = {name: v for name, v in os.environ.items() if name != "NO_COLOR"}
+        clean = {n: v for n, v in environment().items() if n != "NO_COLOR"}
         command = [sys.executable, str(SERVER), "no_such_module:app", "--port", "0"]
         with subprocess.Popen(
             command, stderr=terminal, env={**clean, **env}

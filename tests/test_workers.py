@@ -18,7 +18,7 @@ import time
 
 import pytest
 import worker_targets
-from conftest import GET, PATIENCE, ROOT, Client, Process
+from conftest import GET, PATIENCE, ROOT, Client, Process, environment
 from test_processes import assert_order, refuses
 from worker_targets import (
     die_after_ready,
@@ -852,6 +852,7 @@ class TestDeadBeforeReady:
             text=True,
             timeout=PATIENCE,
             cwd=tmp_path,
+            env=environment(),
         )
         assert done.stderr.count('if __name__ == "__main__":') == 1, done.stderr
         assert len(set(re.findall(r"worker \[(\d+)\]", done.stderr))) == 1
