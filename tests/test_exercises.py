@@ -1,13 +1,16 @@
 """examples/exercises: every answer is green, and every start file is red in the tests
 that its page names, for the reason that it names. One run of pytest each, in a process
 of its own, whose report is read from JUnit's XML. And the names that a page cites from
-foal's files are there."""
+foal's files are there.
+
+Such a run is mostly the start of pytest, or a wait: two go on at a time."""
 
 from __future__ import annotations
 
 import ast
 import builtins
 import collections
+import concurrent.futures
 import keyword
 import os
 import re
@@ -103,13 +106,21 @@ def ending(case) -> str:
 
 
 @pytest.fixture(scope="module")
-def answers(tmp_path_factory):
-    return run(tmp_path_factory.mktemp("answers"), "--answers")
+def runs(tmp_path_factory):
+    """Both, to ask for their result()."""
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        answers, starts = map(tmp_path_factory.mktemp, ("answers", "starts"))
+        yield pool.submit(run, answers, "--answers"), pool.submit(run, starts)
 
 
-@pytest.fixture(scope="module")
-def starts(tmp_path_factory):
-    return run(tmp_path_factory.mktemp("starts"))
+@pytest.fixture
+def answers(runs):
+    return runs[0].result()
+
+
+@pytest.fixture
+def starts(runs):
+    return runs[1].result()
 
 
 def test_there_are_twelve_in_order():
@@ -196,11 +207,19 @@ def test_what_a_page_tells_to_read_is_there(name):
 MUTATIONS = mutate.table()
 
 
-@pytest.fixture(scope="module")
-def copy(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("copy")
+def try_out(folder, mutation: mutate.Mutation) -> str:
+    """What is wrong with this row; in a copy of its own."""
     mutate.copy_to(folder)
-    return folder
+    return mutate.mutate(folder, mutation)
+
+
+@pytest.fixture(scope="module")
+def wrong(tmp_path_factory):
+    """For each mutation, to ask for its result(): what is wrong with it, or ""."""
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        folders = [tmp_path_factory.mktemp("mutation") for _ in MUTATIONS]
+        tried = [pool.submit(try_out, *pair) for pair in zip(folders, MUTATIONS)]
+        yield dict(zip(MUTATIONS, tried))
 
 
 class TestMutations:
@@ -223,10 +242,11 @@ class TestMutations:
         rows = [line for line in table.split("\n") if line.startswith("| `")]
         assert len(rows) == len(MUTATIONS), "a row that mutate.py cannot read"
 
-    def test_the_tests_pass_as_long_as_nothing_is_changed(self, copy):
-        done = mutate.pytest(copy, [mutation.test for mutation in MUTATIONS])
+    def test_the_tests_pass_as_long_as_nothing_is_changed(self, tmp_path):
+        mutate.copy_to(tmp_path)
+        done = mutate.pytest(tmp_path, [mutation.test for mutation in MUTATIONS])
         assert done.returncode == 0, done.stdout + done.stderr
 
     @pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda m: m.file + m.chapter)
-    def test_the_named_test_sees_it(self, copy, mutation):
-        assert mutate.mutate(copy, mutation) == ""
+    def test_the_named_test_sees_it(self, wrong, mutation):
+        assert wrong[mutation].result() == ""
