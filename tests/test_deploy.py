@@ -269,7 +269,9 @@ class TestNginx:
 
     def test_a_stop_lets_the_request_in_flight_end(self, folder):
         path = folder / "foal.sock"
-        with Process("slow:app", "--uds", path) as process:
+        sooner = "import slow\nslow.SECONDS = 0.5\napp = slow.app\n"
+        (folder / "sooner.py").write_text(sooner)
+        with Process("sooner:app", "--app-dir", folder, "--uds", path) as process:
             process.wait_for("listening")
             with Proxy(folder, f"unix:{path}") as proxy, proxy.connect() as client:
                 client.send(b"GET / HTTP/1.1\r\nHost: test\r\n\r\n")

@@ -110,8 +110,10 @@ def test_events_notices_the_client_leaving_although_it_has_nothing_to_send(tmp_p
         assert process.exit_code() == 0
 
 
-def test_events_go_on_while_the_client_is_there():
-    with Process("events:app", "--port", 0) as process:
+def test_events_go_on_while_the_client_is_there(tmp_path):
+    often = "import events\nevents.EVERY = 0.1\napp = events.app\n"
+    (tmp_path / "often.py").write_text(often)
+    with Process("often:app", "--app-dir", tmp_path, "--port", 0) as process:
         with process.connect(process.port()) as client:
             client.send(GET)
             client.read_until(b"id: 2\n")
@@ -295,8 +297,10 @@ def test_pathsend_sends_nothing_that_it_has_not_listed():
                 assert client.response()[0] == 404
 
 
-def test_slow_is_waited_for_with_its_job():
-    with Process("slow:app", "--port", 0) as process:
+def test_slow_is_waited_for_with_its_job(tmp_path):
+    sooner = "import slow\nslow.SECONDS = 0.7\napp = slow.app\n"
+    (tmp_path / "sooner.py").write_text(sooner)
+    with Process("sooner:app", "--app-dir", tmp_path, "--port", 0) as process:
         with process.connect(process.port()) as client:
             client.send(GET)
             process.wait_for("a request")

@@ -88,12 +88,23 @@ async def app(scope, receive, send):
     await send({"type": "http.response.body", "body": b"done"})
     say("answered")
 """
+# What a process is given for its last steps, in a tenth of the time.
+HURRIED = APP + """
+import server
+
+def leave_soon(seconds, code, leave_within=server.leave_within):
+    say(f"leaving within {seconds:g} s")
+    return leave_within(seconds / 10, code)
+
+server.leave_within = leave_soon
+"""
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("app")
     (folder / "busy.py").write_text(APP)
+    (folder / "hurried.py").write_text(HURRIED)
     (folder / "slow.py").write_text(APP + "say('importing')\nnever_end()\n")
     hanging = "async def app(scope, receive, send):\n    await wait_forever(receive)\n"
     (folder / "hanging.py").write_text(APP + hanging)
@@ -245,13 +256,14 @@ class TestTheGrace:
         assert_order(p.output, "the request was ended", "the lifespan ends", "stopped")
 
     def test_what_never_ends_does_not_keep_the_process(self, start):
-        """What if a thread, or a task that swallows its cancellation, runs for ever?
-        Together, because each takes the last five seconds that a process is given."""
+        """What if a thread, or a task that swallows its cancellation, runs for ever? A
+        process is given five seconds then, which here are a tenth of that."""
         kinds = ["thread", "executor", "ignore_cancel"]
         with contextlib.ExitStack() as stack:
             running = []
             for kind in kinds:
-                p = stack.enter_context(start("--timeout-graceful-shutdown", 0.5))
+                options = ("--timeout-graceful-shutdown", 0.5)
+                p = stack.enter_context(start(*options, app="hurried:app"))
                 running.append(p)
                 client = stack.enter_context(p.connect(p.port()))
                 ask(client, kind, b"ok")
@@ -260,6 +272,7 @@ class TestTheGrace:
             for p in running:
                 assert p.exit_code() == 0
                 assert "the lifespan ends" in p.output
+                assert "leaving within 5 s" in p.output
                 assert "leaving although" in p.output
         assert "my thread" in running[0].output
 
