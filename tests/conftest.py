@@ -212,13 +212,15 @@ compiled: str | None = None  # the folder, once somebody needs it
 class Process:
     """`python server.py …` as a user runs it, with its output line by line."""
 
+    script = ROOT / "server.py"
+
     def __init__(self, *arguments, cwd=None, env=None, **popen):
         self.lines: list[str] = []
         self.arrived: queue.Queue[str | None] = queue.Queue()
         if os.name == "nt":  # so that Ctrl-Break reaches it and not us
             popen["creationflags"] = subprocess.CREATE_NEW_PROCESS_GROUP
         self.process = subprocess.Popen(
-            [sys.executable, str(ROOT / "server.py"), *map(str, arguments)],
+            [sys.executable, str(self.script), *map(str, arguments)],
             cwd=cwd or ROOT,
             env=environment(**(env or {})),
             stdin=subprocess.DEVNULL,

@@ -13,7 +13,7 @@ import types
 
 import pytest
 from conftest import GET, Client
-from test_workers import HAS_PROC, Load, Supervised, until, wait_for_count
+from test_workers import HAS_PROC, Hurried, Load, until, wait_for_count
 
 import reload
 from reload import Watcher
@@ -428,9 +428,10 @@ class Editor:
         self.count = 1
         write(self.path, APP)
         self.options = ("app:app", "--app-dir", folder, "--port", 0, "--reload")
+        self.options += ("--reload-delay", 0.05)
 
     def start(self, *options, **process):
-        return Supervised(*self.options, *options, **process)
+        return Hurried(*self.options, *options, **process)
 
     def save(self, text: str = APP) -> str:
         """A new version, as most editors do it: the new file takes the old one's

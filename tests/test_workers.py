@@ -630,13 +630,19 @@ class Supervised(Process):
         super().__exit__()
 
 
+class Hurried(Supervised):
+    """The same with a supervisor that looks more often."""
+
+    script = ROOT / "tests" / "hurried.py"
+
+
 @pytest.fixture
 def start(folder):
     """Start a supervisor and two workers."""
 
     def start(*options, app="busy:app", count=2, folder=folder, **process):
         number = ("--workers", count) if count else ()
-        return Supervised(
+        return Hurried(
             app, "--app-dir", folder, "--port", 0, *number, *options, **process
         )
 
@@ -921,7 +927,7 @@ class TestSupervision:
 def restarted(folder):
     """Two workers, four SIGHUPs under load, and what a test may want to know of it."""
     options = ("--app-dir", folder, "--port", 0, "--workers", 2, "--no-access-log")
-    with Supervised("busy:app", *options) as p:
+    with Hurried("busy:app", *options) as p:
         port, p.first = both_ready(p)
         fds = f"/proc/{p.process.pid}/fd"
         p.fds = len(os.listdir(fds)) if HAS_PROC else 0

@@ -1,9 +1,8 @@
 """What the supervisors of test_workers.py and test_bugs.py run: plain functions that a
-spawned process can import, and nothing of a server."""
+spawned process can import, and nothing of a server: it shall start fast."""
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import importlib
 import os
@@ -100,6 +99,8 @@ def use_bare_number(fd: int, pipe) -> None:
 def accept_with(factory: str, listener: socket.socket, pipe) -> None:
     """Accept with this loop for as long as the pipe is open: says "ready", then what
     went wrong (a winerror), or our pid to whoever connects."""
+    import asyncio
+
     module, _, name = factory.partition(":")
 
     async def main() -> None:
