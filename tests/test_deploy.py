@@ -206,7 +206,7 @@ class TestNginx:
             try:
                 for _ in range(1024):  # 64 MiB: more than all the buffers in between
                     piece["body"] = bytes(64 * 1024)
-                    await asyncio.wait_for(send(piece), 1.0)
+                    await asyncio.wait_for(send(piece), 0.5)
                 ended.put("collected")
             except TimeoutError:
                 ended.put("the client has to read")

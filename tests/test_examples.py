@@ -189,9 +189,18 @@ class TestChecker:
         assert process.output.count("the app failed") == len(self.MISTAKES)
 
 
+SOONER = """
+import time, types, wsgi
+wsgi.time = types.SimpleNamespace(sleep=lambda seconds: time.sleep(seconds / 10))
+app = wsgi.app
+"""
+
+
 class TestWsgi:
-    def test_it_runs_an_app_that_blocks(self):
-        with Process("wsgi:app", "--port", 0) as process:
+    def test_it_runs_an_app_that_blocks(self, tmp_path):
+        """For a tenth of a second here."""
+        (tmp_path / "sooner.py").write_text(SOONER)
+        with Process("sooner:app", "--app-dir", tmp_path, "--port", 0) as process:
             with process.connect(process.port()) as client:
                 client.send(POST.replace(b"/ ", b"/caf%C3%A9 ", 1) + b"hello")
                 status, fields, body = client.response()

@@ -246,7 +246,7 @@ class TestTheGrace:
         assert "cancel" not in p.output
 
     def test_at_its_end_a_request_is_cancelled(self, start):
-        with start("--timeout-graceful-shutdown", 1) as p:
+        with start("--timeout-graceful-shutdown", 0.3) as p:
             with p.connect(p.port()) as client:
                 ask(client, "wait_forever", b"ok")
                 p.wait_for("in flight")
@@ -262,7 +262,7 @@ class TestTheGrace:
         with contextlib.ExitStack() as stack:
             running = []
             for kind in kinds:
-                options = ("--timeout-graceful-shutdown", 0.5)
+                options = ("--timeout-graceful-shutdown", 0.2)
                 p = stack.enter_context(start(*options, app="hurried:app"))
                 running.append(p)
                 client = stack.enter_context(p.connect(p.port()))

@@ -12,6 +12,8 @@ import pytest
 from conftest import GET, PATIENCE
 from test_cycle import END, START, body, get, saying, serve, until
 
+import server
+
 LONG = {"timeout_graceful_shutdown": 1000.0}  # what ends, ends without it
 CHUNK = body(b"not ", more=True)
 DISCONNECT = {"type": "http.disconnect"}
@@ -48,7 +50,8 @@ class Gated:
 class TestGracefulStop:
     """behaviour.md §6: stop accepting, finish, remind, cancel."""
 
-    def test_an_idle_connection_is_closed(self):
+    def test_an_idle_connection_is_closed(self, monkeypatch):
+        monkeypatch.setattr(server, "FIRST_REQUEST", 0.2)
         with serve(saying(START, END), **LONG) as running:
             with running.connect() as idle, running.connect() as silent:
                 idle.send(GET)
@@ -57,8 +60,9 @@ class TestGracefulStop:
                 ask_to_stop(running)
                 assert idle.read_all() == silent.read_all() == b""
 
-    def test_a_client_that_still_reads_its_answer_gets_the_end_of_it(self):
+    def test_a_client_that_still_reads_its_answer_gets_the_end_of_it(self, monkeypatch):
         """What if the app has said all, and the client pauses while the server stops?"""
+        monkeypatch.setattr(server, "CLOSE_NOTIFY", 0.2)
         size = 8 * 1024 * 1024
         with serve(saying(START, body(bytes(size))), **LONG) as running:
             with running.connect() as client:
@@ -66,7 +70,7 @@ class TestGracefulStop:
                 client.read_until(b"\r\n\r\n")
                 ask_to_stop(running)
                 no_longer_accepts(running)
-                threading.Event().wait(1.2)  # the pause, longer than CLOSE_NOTIFY
+                threading.Event().wait(0.6)  # the pause, longer than CLOSE_NOTIFY
                 assert client.read_all().count(b"\0") == size
 
     def test_a_request_in_flight_finishes_with_connection_close(self):

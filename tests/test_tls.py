@@ -73,6 +73,11 @@ LEAVING = pytest.mark.parametrize("how", ["close_notify", "FIN", "reset"])
 
 
 @pytest.fixture(autouse=True)
+def ticking_fast(monkeypatch):
+    monkeypatch.setattr(server, "TICK", 0.05)
+
+
+@pytest.fixture(autouse=True)
 def asyncio_is_silent(caplog):
     """No test here may end with a word of asyncio's, about eof_received or writes."""
     yield
@@ -621,7 +626,7 @@ class TestDeadlines:
         with serve(app, timeout_keep_alive=SHORT) as running, secure(running) as client:
             client.send(GET)
             client.read_until(b"\r\n\r\n")
-            threading.Event().wait(1.5)  # the pause
+            threading.Event().wait(1.0)  # the pause
             assert client.read_all().count(b"\0") == size
 
     def test_half_a_body_is_408(self):
