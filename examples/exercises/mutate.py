@@ -18,6 +18,8 @@ from typing import NamedTuple
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
+# To know that a test fails, and not why: then pytest need not rewrite each assert.
+OPTIONS = ["-q", "-x", "-p", "no:cacheprovider", "--assert=plain"]
 ROW = re.compile(r"\| `(\w+\.py)`( \d)? \| `(.+?)` \| `(.+?)` \| `(tests/\S+)` \|")
 
 
@@ -51,7 +53,7 @@ def pytest(folder: Path, tests: Sequence[str]) -> subprocess.CompletedProcess:
     """Run tests of the copy. Without compiled files: two versions of a module can have
     the same size, and the same time."""
     return subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-x", *tests],
+        [sys.executable, "-m", "pytest", *OPTIONS, *tests],
         cwd=folder,
         env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"},
         capture_output=True,
