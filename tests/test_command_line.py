@@ -1,12 +1,14 @@
 """Chapters 1 and 2: what was asked, and who will do it.
 
 Every mistake of a newcomer is one line and an exit code, from a real `python
-server.py`; what Python code asks for goes through server.run and server.serve.
+server.py`, or for one in the arguments from its main(), which sees no more than those;
+what Python code asks for goes through server.run and server.serve.
 """
 
 import asyncio
 import contextlib
 import dataclasses
+import functools
 import os
 import re
 import shutil
@@ -15,6 +17,7 @@ import socket
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import h11
@@ -148,46 +151,67 @@ class TestBadArguments:
             (["main:app", "--forwarded-allow-ips", "10.0.0.0/99"], "10.0.0.0/99"),
         ],
     )
-    def test_a_bad_argument_is_one_line_and_code_2(self, folder, arguments, word):
+    def test_a_bad_argument_is_one_line_and_code_2(
+        self, monkeypatch, capfd, arguments, word
+    ):
+        monkeypatch.setattr(server, "run", lambda config: pytest.fail("it would serve"))
+        code = server.main(["--port", "0", *arguments])
+        output = "".join(capfd.readouterr())
+        assert (code, len(output.splitlines())) == (2, 1), output
+        assert word in output and output.startswith("foal: ")
+
+    @pytest.mark.parametrize(
+        "arguments", [["main:app", "--por"], ["main:app", "--fd=-1"]]
+    )
+    def test_that_is_what_the_program_says(self, folder, arguments):
+        """What argparse refuses, and what Config does."""
         outcome = foal("--port", 0, *arguments, cwd=folder)
         assert (outcome.code, len(outcome.output.splitlines())) == (2, 1), outcome
-        assert word in outcome.output and outcome.output.startswith("foal: ")
+        assert outcome.output.startswith("foal: ")
+
+
+MISTAKES = [
+    (["nope:app"], ['no module "nope"', "--app-dir"]),
+    (["nope.web:app"], ['no module "nope"', "--app-dir"]),
+    (["package.nope:app"], ['no module "package.nope"']),
+    (["main.nope:app"], ['no module "main.nope"']),
+    (
+        ["main:app", "--app-dir", "no-such-folder"],
+        ["no-such-folder", "--app-dir"],
+    ),
+    (["main:ap"], ['no "ap"', 'did you mean "app"?']),
+    (["main:zzzzzz"], ['no "zzzzzz"']),
+    (["main:framework.zzzzzz"], ["zzzzzz"]),
+    (["main"], ["MODULE:ATTRIBUTE", "main:app"]),
+    ([":app"], ["MODULE:ATTRIBUTE"]),
+    (["main:"], ["MODULE:ATTRIBUTE"]),
+    (["main.py:app"], ["MODULE:ATTRIBUTE", "main:app"]),
+    (["package/web:app"], ["MODULE:ATTRIBUTE"]),
+    (["package\\web:app"], ["MODULE:ATTRIBUTE"]),
+    (["main:wsgi"], ["WSGI"]),
+    (["main:wsgi_object"], ["WSGI"]),
+    (["main:ASGI2"], ["ASGI 2"]),
+    (["main:create_app"], ["--factory"]),
+    (["main:Framework"], ["--factory"]),  # a class, not yet called
+    (["main:number"], ["int", "cannot be called"]),
+    (["main:false_factory", "--factory"], ["WSGI"]),
+]
+
+
+@pytest.fixture(scope="module")
+def outcomes(folder):
+    """Of each mistake, to ask for its result(); two processes at a time."""
+    with ThreadPoolExecutor(2) as pool:
+        start = functools.partial(pool.submit, foal, "--port", 0, cwd=folder)
+        yield {" ".join(arguments): start(*arguments) for arguments, _ in MISTAKES}
 
 
 class TestNoApp:
     """behaviour.md §1: no module, attribute or ASGI 3 app: one line, exit code 3."""
 
-    @pytest.mark.parametrize(
-        "arguments, words",
-        [
-            (["nope:app"], ['no module "nope"', "--app-dir"]),
-            (["nope.web:app"], ['no module "nope"', "--app-dir"]),
-            (["package.nope:app"], ['no module "package.nope"']),
-            (["main.nope:app"], ['no module "main.nope"']),
-            (
-                ["main:app", "--app-dir", "no-such-folder"],
-                ["no-such-folder", "--app-dir"],
-            ),
-            (["main:ap"], ['no "ap"', 'did you mean "app"?']),
-            (["main:zzzzzz"], ['no "zzzzzz"']),
-            (["main:framework.zzzzzz"], ["zzzzzz"]),
-            (["main"], ["MODULE:ATTRIBUTE", "main:app"]),
-            ([":app"], ["MODULE:ATTRIBUTE"]),
-            (["main:"], ["MODULE:ATTRIBUTE"]),
-            (["main.py:app"], ["MODULE:ATTRIBUTE", "main:app"]),
-            (["package/web:app"], ["MODULE:ATTRIBUTE"]),
-            (["package\\web:app"], ["MODULE:ATTRIBUTE"]),
-            (["main:wsgi"], ["WSGI"]),
-            (["main:wsgi_object"], ["WSGI"]),
-            (["main:ASGI2"], ["ASGI 2"]),
-            (["main:create_app"], ["--factory"]),
-            (["main:Framework"], ["--factory"]),  # a class, not yet called
-            (["main:number"], ["int", "cannot be called"]),
-            (["main:false_factory", "--factory"], ["WSGI"]),
-        ],
-    )
-    def test_a_mistake_is_one_line_and_code_3(self, folder, arguments, words):
-        outcome = foal(*arguments, "--port", 0, cwd=folder)
+    @pytest.mark.parametrize("arguments, words", MISTAKES)
+    def test_a_mistake_is_one_line_and_code_3(self, outcomes, arguments, words):
+        outcome = outcomes[" ".join(arguments)].result()
         assert (outcome.code, len(outcome.errors)) == (3, 1), outcome.output
         for word in words:
             assert word in outcome.errors[0]
