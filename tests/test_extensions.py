@@ -719,6 +719,7 @@ class TestOnTheWay:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(0.1):
                     await send(pathsend(path))
+            seen.put("gives up")
             try:
                 await send({"type": "http.response.body", "body": b""})
             except RuntimeError as exc:
@@ -728,6 +729,8 @@ class TestOnTheWay:
         options = {"ssl_certfile": CERTIFICATE} if tls else {}
         with serve(app, **options) as running, connect(running, tls) as client:
             client.send(GET + GET)
+            # It reads nothing until then: all could have been sent in a tenth of a second.
+            assert seen.get(timeout=PATIENCE) == "gives up"
             data = until_the_end(client)
             assert "SENDING_FILE" in seen.get(timeout=PATIENCE)
         assert len(data) < LARGE and data.count(b"HTTP/1.1 ") == 1
