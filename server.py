@@ -452,6 +452,8 @@ def serve_in_worker(
 ) -> None:
     """Be the child: the target of every worker process."""
     workers.ignore_group_signals()  # walk: worker 2
+    if config.reload:  # compiled files are known by a second and a size alone
+        sys.dont_write_bytecode = True
     for listener in listeners:
         listener.set_inheritable(False)  # spawn had to make it so (PEP 446)
     configure_logging(config, worker=True)
