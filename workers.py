@@ -38,6 +38,8 @@ SILENCE = 5.0  # seconds without "alive" until the log says so
 TERMINATED = 2.0  # seconds that a worker is given between terminate and kill
 STABLE = 10.0  # seconds after which a death is no longer one of a series
 LONGEST_DELAY = 30.0  # seconds between two attempts at a worker that keeps dying
+# Of what Ctrl-C or Ctrl-Break ends on Windows; it reaches us, too, perhaps a bit later.
+CONTROL_C_EXIT = 0xC000013A
 
 logger = logging.getLogger("server.workers")
 spawn = multiprocessing.get_context("spawn")  # the same on every system
@@ -299,12 +301,12 @@ class Supervisor:
         self.workers.remove(worker)  # walk: worker 8
         worker.process.join()
         worker.pipe.close()
-        fate = describe_exit(worker.process.exitcode)
-        end = f"{worker} {fate} after {worker.age():.1f} s"
+        code = worker.process.exitcode
+        end = f"{worker} {describe_exit(code)} after {worker.age():.1f} s"
         worker.process.close()
         if worker.state is State.LEAVING or self.exit_code is not None:
             logger.info("%s", end)
-        elif worker.state is State.STARTING:
+        elif worker.state is State.STARTING and code != CONTROL_C_EXIT:
             self.failed_to_start(end)
         else:
             self.deaths = self.deaths + 1 if worker.age() < STABLE else 0
