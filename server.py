@@ -656,6 +656,7 @@ def app_traceback(exc: BaseException) -> str:
 # once.
 
 TICK = 0.25  # seconds: how late a deadline may be noticed
+NEVER = 86_400.0  # seconds, where asyncio wants a number
 LONGEST_TURN = 0.001  # seconds that an answer waits for others of the same turn
 RESPONSE_CACHE = 256  # events; whoever has more distinct ones a second gains nothing
 
@@ -761,7 +762,8 @@ class Server:
         if self.tls is not None:
             deadline = self.config.timeout_request_head or None
             options = {"ssl": self.tls, "ssl_handshake_timeout": deadline}
-            options["ssl_shutdown_timeout"] = LINGER  # what is unsent included
+            # asyncio counts from close on, however much is unsent, and breaks off then.
+            options["ssl_shutdown_timeout"] = NEVER  # our ticker sees who still reads
         for listener in self.listeners:
             # The argument called backlog is also how many connections asyncio accepts
             # a turn (cpython #90871: one more). One: busy workers leave the rest to
@@ -1070,6 +1072,10 @@ class HTTPConnection(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:
         self.transport = transport
+        # Under TLS, what is encrypted waits in the transport below, which asyncio shows
+        # nobody; without it a slow reader looks like an idle one.
+        tls = getattr(transport, "_ssl_protocol", None)
+        self.below = getattr(tls, "_transport", None)
         server, config = self.server, self.server.config
         server.connections.add(self)
         own = transport.get_extra_info("sockname")
@@ -1301,7 +1307,7 @@ class HTTPConnection(asyncio.Protocol):
     def waits_for(self, now: float) -> tuple[Waiting, int, float]:
         """What for, a number that changes with progress within it, and how long."""
         conn, config = self.conn, self.server.config
-        unsent = self.transport.get_write_buffer_size()
+        unsent = self.unsent()
         if not self.writable.is_set() or (unsent and self.cycle is None):
             return Waiting.CLIENT_TO_READ, unsent, SEND_TIMEOUT
         if self.lingering:
@@ -1315,6 +1321,11 @@ class HTTPConnection(asyncio.Protocol):
             if not (conn.they_are_waiting_for_100_continue or self.cycle.owes_continue):
                 return Waiting.BODY, self.cycle.arrived, config.timeout_request_body
         return Waiting.APP, 0, math.inf
+
+    def unsent(self) -> int:
+        """How many bytes the kernel has not yet taken from us."""
+        below = self.below.get_write_buffer_size() if self.below else 0
+        return self.transport.get_write_buffer_size() + below
 
     # Endings.
 
@@ -2374,7 +2385,7 @@ class WebSocketSession(RequestResponseCycle, asyncio.Protocol):
             self.pinged = False
 
     def look(self, now: float) -> None:
-        unsent = self.transport.get_write_buffer_size()
+        unsent = self.connection.unsent()
         if 0 < unsent < self.unsent:  # it reads, slowly: our ping may not be there yet
             self.deadline = now + SEND_TIMEOUT
         elif unsent or self.pinged or self.phase is not WebSocketState.OPEN:

@@ -26,6 +26,7 @@ from conftest import GET, PATIENCE, Client, Process, serving
 from test_cycle import END, EXPECT, START, body, get, length, post, saying, start, until
 
 import server
+import sockets
 
 CERTIFICATE = str(Path(__file__).with_name("certificate.pem"))
 LOCKED = str(Path(__file__).with_name("certificate_locked.pem"))  # by the word "secret"
@@ -546,6 +547,29 @@ class TestEndings:
             deadline = time.monotonic() + 10.0  # asyncio's own is 30
             while running.call(lambda: len(running.server.connections)):
                 assert time.monotonic() < deadline
+
+    @pytest.mark.skipif(os.name == "nt", reason="a proactor shows no progress in a write")
+    @pytest.mark.parametrize("request_bytes", [GET, CLOSE])
+    def test_a_slow_reader_gets_all_of_the_answer(self, monkeypatch, request_bytes):
+        """What is encrypted waits where asyncio's TLS transport does not see it, and its
+        shutdown timeout counts from close on, what is unsent included."""
+        monkeypatch.setattr(server, "LINGER", 2 * SHORT)
+        monkeypatch.setattr(server, "LINGER_TOTAL", 2 * SHORT)
+        monkeypatch.setattr(server, "SEND_TIMEOUT", 2 * SHORT)
+        size = 800_000
+        listener = sockets.bind_tcp("127.0.0.1", 0, 10)[0]
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 32 * 1024)
+        app = saying(START, body(bytes(size)))
+        options = {"timeout_keep_alive": SHORT}
+        with serve(app, listener, **options) as running, secure(running) as client:
+            client.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 32 * 1024)
+            client.send(request_bytes)
+            client.read_until(b"\r\n\r\n")
+            started, got = time.monotonic(), len(client.unread)
+            while data := client.sock.recv(8_000):
+                got += len(data)
+                time.sleep(0.02)  # this is how slow it is
+            assert got >= size and time.monotonic() - started > 5 * SHORT
 
 
 class TestLeaving:
