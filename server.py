@@ -2305,10 +2305,13 @@ class WebSocketSession(RequestResponseCycle, asyncio.Protocol):
             return
         self.expect_something()
         try:
-            for opcode, payload in self.decoder.decode(data):
+            for opcode, payload in self.decoder.decode(data, FRAMES_AT_ONCE):
                 self.frame_received(opcode, payload)
                 if self.phase is WebSocketState.CLOSED or self.is_full():
                     return  # the decoder keeps the rest
+            if self.decoder.frames == FRAMES_AT_ONCE:
+                self.transport.pause_reading()
+                self.connection.loop.call_soon(self.read_on)
         except WebSocketError as exc:
             code, reason = exc.args
             peer = self.connection.peer
@@ -2316,6 +2319,12 @@ class WebSocketSession(RequestResponseCycle, asyncio.Protocol):
             if self.phase is WebSocketState.OPEN:
                 self.start_close(code)
             self.end(code, "")
+
+    def read_on(self) -> None:
+        """What is left of a flood of frames, before more of it is read."""
+        if not self.is_full():  # else receive does the same, later
+            self.transport.resume_reading()
+            self.data_received(b"")
 
     def is_full(self) -> bool:
         open_ = self.phase is WebSocketState.OPEN
@@ -2413,6 +2422,7 @@ class WebSocketSession(RequestResponseCycle, asyncio.Protocol):
 
 SMALLEST_DEFLATED = 64  # bytes; less does not get shorter
 WINDOW_BITS = 15  # of zlib, negative for data without its header
+FRAMES_AT_ONCE = 200  # some 2 ms; then others have their turn
 MASK_BLOCK = 4096  # bytes: masked as one number, which should fit the fastest cache
 
 
@@ -2480,7 +2490,8 @@ class FrameDecoder:
     def __init__(self, max_size: int, deflate: Deflate | None = None) -> None:
         self.max_size = max_size
         self.deflate = deflate
-        self.buffer = b""
+        self.buffer = bytearray()  # takes bytes off its front at no cost
+        self.frames = 0  # that the last call of decode completed
 
         # The frame whose payload arrives; None between two frames.
         self.opcode: Opcode | None = None
@@ -2494,15 +2505,20 @@ class FrameDecoder:
         self.content = bytearray()
         self.utf8 = codecs.getincrementaldecoder("utf-8")()
 
-    def decode(self, data: bytes) -> Iterator[tuple[Opcode, bytes | str]]:
+    def decode(
+        self, data: bytes, most: float = math.inf
+    ) -> Iterator[tuple[Opcode, bytes | str]]:
         """Yield what is complete, and may be left there: the rest is kept for the next
-        call. Raises WebSocketError."""
-        self.buffer = self.buffer + data if self.buffer else data
-        while self.opcode is not None or self.read_header():
+        call, as it is after `most` frames. Raises WebSocketError."""
+        self.buffer += data
+        self.frames = 0
+        while self.frames < most:
+            if self.opcode is None and not self.read_header():
+                return
             opcode = self.opcode
             if opcode >= Opcode.CLOSE and len(self.buffer) < self.left:
                 return  # a control frame is short, and counts as a whole
-            part, self.buffer = self.buffer[: self.left], self.buffer[self.left :]
+            part = self.take(self.left)
             payload = apply_mask(self.mask, part)  # walk: ws 4
             self.left -= len(part)
             if opcode < Opcode.CLOSE:
@@ -2512,10 +2528,16 @@ class FrameDecoder:
                 if self.left:
                     return
             self.opcode = None
+            self.frames += 1
             if opcode >= Opcode.CLOSE:
                 yield opcode, payload
             elif self.final:
                 yield self.finish()
+
+    def take(self, size: int) -> bytes:
+        part = bytes(self.buffer[:size])
+        del self.buffer[:size]
+        return part
 
     def read_header(self) -> bool:
         """Take a frame's header off the buffer, if it is all there (RFC 6455 §5.2)."""
@@ -2540,8 +2562,7 @@ class FrameDecoder:
         if opcode in (Opcode.TEXT, Opcode.BINARY):
             self.message, self.inflating = opcode, deflated
         self.opcode, self.final, self.left = opcode, bool(buffer[0] & 0x80), size
-        self.mask = buffer[2 + extended : 6 + extended]
-        self.buffer = buffer[6 + extended :]
+        self.mask = self.take(6 + extended)[-4:]
         return True
 
     def check_header(self, first: int, second: int) -> None:

@@ -7,7 +7,7 @@ import signal
 
 import pytest
 from conftest import GET, Process, serving
-from test_frames import TEXT, frame
+from test_frames import CONTINUATION, PING, PONG, TEXT, frame
 from test_websocket import handshake
 
 import server
@@ -120,6 +120,36 @@ def test_a_read_full_of_frames_is_taken_in_by_and_by():
         client.read_until(b"\r\n\r\n")
         assert client.read_until(b"\x88\x02\x03\xe8") == b"\x81\0" * count + b"\x88\x02\x03\xe8"
     assert turns[0] >= count / 512  # 64 KiB hold 256 of them, as we count
+
+
+@pytest.mark.parametrize(
+    "first, many, last",
+    [
+        (b"", frame(PING, b""), frame(TEXT, b"")),
+        (b"", frame(PONG, b""), frame(TEXT, b"")),
+        (
+            frame(TEXT, b"", fin=False),
+            frame(CONTINUATION, b"", fin=False),
+            frame(CONTINUATION, b""),
+        ),
+    ],
+    ids=["pings", "pongs", "fragments"],
+)
+def test_nor_are_frames_that_are_no_messages(first, many, last):
+    """What if 10,000 frames arrive of which the app gets none, or one?"""
+    count = 10_000
+
+    async def work(receive, send):
+        await receive()
+        await send({"type": "websocket.accept"})
+        assert (await receive())["text"] == ""
+        await send({"type": "websocket.close"})
+
+    app, turns = answer_with_turns(work)
+    with serving(app) as running, running.connect() as client:
+        client.send(handshake() + first + many * count + last)
+        client.read_until(b"\x88\x02\x03\xe8")
+    assert turns[0] >= count / server.FRAMES_AT_ONCE
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="SIGHUP is POSIX's")
