@@ -1327,6 +1327,11 @@ class HTTPConnection(asyncio.Protocol):
         below = self.below.get_write_buffer_size() if self.below else 0
         return self.transport.get_write_buffer_size() + below
 
+    def is_closing(self) -> bool:
+        """Has a write failed? Under TLS, only the transport below knows at once."""
+        below = self.below is not None and self.below.is_closing()
+        return self.transport.is_closing() or below
+
     # Endings.
 
     def refuse(self, status: int, reason: str = "") -> None:
@@ -1869,7 +1874,7 @@ class RequestResponseCycle:
         connection = self.connection
         if not connection.writable.is_set():
             await connection.writable.wait()
-        if connection.transport.is_closing():
+        if connection.is_closing():
             self.client_left()  # a write has failed, and the loop had no turn since
         if self.gone:
             raise ClientDisconnected("the client has left")
@@ -2195,7 +2200,7 @@ class WebSocketSession(RequestResponseCycle, asyncio.Protocol):
         """Take one message of the app; raises as RequestResponseCycle.send does."""
         if not self.writable.is_set():
             await self.writable.wait()
-        if self.transport.is_closing():
+        if self.connection.is_closing():
             self.client_left()  # a write has failed, and the loop had no turn since
         unsaid = self.state is ResponseState.EXPECTING_START
         match self.phase, message["type"]:
@@ -2340,7 +2345,8 @@ class WebSocketSession(RequestResponseCycle, asyncio.Protocol):
                     self.transport.pause_reading()
                 self.changed()
             case Opcode.PING if self.writable.is_set():  # else it reads no pong anyway
-                self.transport.write(encode_frame(Opcode.PONG, payload))
+                if not self.connection.is_closing():  # else asyncio logs each
+                    self.transport.write(encode_frame(Opcode.PONG, payload))
             case Opcode.CLOSE:
                 code, reason = parse_close(payload)
                 if self.phase is WebSocketState.OPEN:  # the reply repeats the code

@@ -152,6 +152,23 @@ def test_nor_are_frames_that_are_no_messages(first, many, last):
     assert turns[0] >= count / server.FRAMES_AT_ONCE
 
 
+def test_a_flood_of_pings_from_a_client_that_left_is_not_logged(caplog):
+    """asyncio says each time that nobody is there for the pong."""
+
+    async def app(scope, receive, send):
+        await receive()
+        await send({"type": "websocket.accept"})
+        while (await receive())["type"] != "websocket.disconnect":
+            pass
+
+    with serving(app, lifespan="off") as running, running.connect() as client:
+        client.send(handshake())
+        client.read_until(b"\r\n\r\n")
+        client.send(frame(PING, b"") * 10_000)
+        client.reset()
+    assert [r.message for r in caplog.records if r.name == "asyncio"] == []
+
+
 @pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="SIGHUP is POSIX's")
 def test_a_kept_connection_may_still_be_used_when_its_worker_is_replaced():
     """Behind a proxy: its POST meets an answer, and not a closing socket, which it could

@@ -24,6 +24,8 @@ import h11
 import pytest
 from conftest import GET, PATIENCE, Client, Process, serving
 from test_cycle import END, EXPECT, START, body, get, length, post, saying, start, until
+from test_frames import PING, TEXT, frame
+from test_websocket import handshake
 
 import server
 import sockets
@@ -593,6 +595,23 @@ class TestLeaving:
             client.leave(how)
             assert seen.get(timeout=PATIENCE) == {"type": "http.disconnect"}
         assert errors(log) == []
+
+    def test_nothing_more_is_written_to_a_websocket_that_has_been_reset(self, caplog):
+        """asyncio would log each write of an echo that does not have to wait."""
+
+        async def app(scope, receive, send):
+            await receive()
+            await send({"type": "websocket.accept"})
+            while (message := await receive())["type"] == "websocket.receive":
+                await send({"type": "websocket.send", "text": message["text"]})
+
+        with serve(app) as running:
+            client = secure(running)
+            client.send(handshake())
+            client.read_until(b"\r\n\r\n")
+            client.send((frame(PING, b"") + frame(TEXT, b"")) * 5_000)
+            client.leave("reset")
+        assert [r.message for r in caplog.records if r.name == "asyncio"] == []
 
     @LEAVING
     def test_send_raises(self, how, log):
