@@ -1072,10 +1072,10 @@ class HTTPConnection(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:
         self.transport = transport
-        # Under TLS, what is encrypted waits in the transport below, which asyncio shows
-        # nobody; without it a slow reader looks like an idle one.
+        # Under TLS, what is encrypted waits in a transport below ours, which asyncio
+        # shows nobody. It alone knows a slow reader from an idle one, and what failed.
         tls = getattr(transport, "_ssl_protocol", None)
-        self.below = getattr(tls, "_transport", None)
+        self.below = getattr(tls, "_transport", transport)
         server, config = self.server, self.server.config
         server.connections.add(self)
         own = transport.get_extra_info("sockname")
@@ -1324,13 +1324,8 @@ class HTTPConnection(asyncio.Protocol):
 
     def unsent(self) -> int:
         """How many bytes the kernel has not yet taken from us."""
-        below = self.below.get_write_buffer_size() if self.below else 0
-        return self.transport.get_write_buffer_size() + below
-
-    def is_closing(self) -> bool:
-        """Has a write failed? Under TLS, only the transport below knows at once."""
-        below = self.below is not None and self.below.is_closing()
-        return self.transport.is_closing() or below
+        transports = {self.transport, self.below}  # without TLS they are one
+        return sum(transport.get_write_buffer_size() for transport in transports)
 
     # Endings.
 
@@ -1360,7 +1355,7 @@ class HTTPConnection(asyncio.Protocol):
         fields += REFUSAL_FIELDS.get(status, [])
         event, _ = self.server.response(status, fields)
         data = conn.send(event)
-        if self.request is None or self.request.method != b"HEAD":
+        if not (self.gate.head or self.gate.buffer).startswith(b"HEAD "):
             data += conn.send(h11.Data(data=text))
         self.write(data)
         self.close()
@@ -1874,7 +1869,7 @@ class RequestResponseCycle:
         connection = self.connection
         if not connection.writable.is_set():
             await connection.writable.wait()
-        if connection.is_closing():
+        if connection.below.is_closing():
             self.client_left()  # a write has failed, and the loop had no turn since
         if self.gone:
             raise ClientDisconnected("the client has left")
@@ -2200,7 +2195,7 @@ class WebSocketSession(RequestResponseCycle, asyncio.Protocol):
         """Take one message of the app; raises as RequestResponseCycle.send does."""
         if not self.writable.is_set():
             await self.writable.wait()
-        if self.connection.is_closing():
+        if self.connection.below.is_closing():
             self.client_left()  # a write has failed, and the loop had no turn since
         unsaid = self.state is ResponseState.EXPECTING_START
         match self.phase, message["type"]:
@@ -2345,7 +2340,7 @@ class WebSocketSession(RequestResponseCycle, asyncio.Protocol):
                     self.transport.pause_reading()
                 self.changed()
             case Opcode.PING if self.writable.is_set():  # else it reads no pong anyway
-                if not self.connection.is_closing():  # else asyncio logs each
+                if not self.connection.below.is_closing():  # else asyncio logs each
                     self.transport.write(encode_frame(Opcode.PONG, payload))
             case Opcode.CLOSE:
                 code, reason = parse_close(payload)

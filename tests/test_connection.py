@@ -315,7 +315,7 @@ class TestErrorAnswers:
             assert body.startswith(b"%d " % status) and fields["date"]
             assert c.read_all() == b""
 
-    @pytest.mark.parametrize("kind", ["policy", "body", "app"])
+    @pytest.mark.parametrize("kind", BAD)
     def test_an_error_to_head_has_no_body(self, kind):
         data, status = self.BAD[kind]
         with serving(self.app) as s, s.connect() as c:
