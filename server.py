@@ -1334,8 +1334,9 @@ class HTTPConnection(asyncio.Protocol):
         cycle, conn = self.cycle, self.conn
         answerable = conn.our_state in (h11.IDLE, h11.SEND_RESPONSE)
         text = b"%d %s\n" % (status, phrase(status))
+        received = self.gate.head or self.gate.buffer
         if reason:
-            seen = "" if cycle else excerpt(self.gate.head or self.gate.buffer)
+            seen = "" if cycle else excerpt(received)
             level = logging.INFO if self.gate.eof else logging.WARNING  # it just left
             logger.log(level, "%s: %d, %s%s", self.peer, status, reason[:200], seen)
         if cycle is not None:
@@ -1355,7 +1356,7 @@ class HTTPConnection(asyncio.Protocol):
         fields += REFUSAL_FIELDS.get(status, [])
         event, _ = self.server.response(status, fields)
         data = conn.send(event)
-        if not (self.gate.head or self.gate.buffer).startswith(b"HEAD "):
+        if not received.startswith(b"HEAD "):
             data += conn.send(h11.Data(data=text))
         self.write(data)
         self.close()
@@ -2322,7 +2323,7 @@ class WebSocketSession(RequestResponseCycle, asyncio.Protocol):
 
     def read_on(self) -> None:
         """What is left of a flood of frames, before more of it is read."""
-        if not self.is_full():  # else receive does the same, later
+        if self.decoder is not None and not self.is_full():  # else receive does
             self.transport.resume_reading()
             self.data_received(b"")
 
