@@ -51,8 +51,10 @@ class TestGracefulStop:
     """behaviour.md §6: stop accepting, finish, remind, cancel."""
 
     def test_an_idle_connection_is_closed(self, monkeypatch):
+        """By the stop, and not because its own time is over."""
         monkeypatch.setattr(server, "FIRST_REQUEST", 0.2)
-        with serve(saying(START, END), **LONG) as running:
+        patient = {"timeout_keep_alive": 3600, "timeout_request_head": 3600}
+        with serve(saying(START, END), **LONG, **patient) as running:
             with running.connect() as idle, running.connect() as silent:
                 idle.send(GET)
                 assert idle.response()[0] == 200
