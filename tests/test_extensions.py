@@ -850,7 +850,7 @@ class TestOnTheWay:
 
     @BOTH
     def test_a_slow_reader_is_not(self, tmp_path, tls, monkeypatch):
-        monkeypatch.setattr(server, "SEND_TIMEOUT", 0.4)
+        monkeypatch.setattr(server, "SEND_TIMEOUT", 0.6)
         part = 1024 * 1024
         path, seen = sparse(tmp_path, 16 * part), queue.Queue()
         with (
@@ -860,7 +860,7 @@ class TestOnTheWay:
             client.send(GET)
             client.read_until(b"\r\n\r\n")
             for _ in range(16):
-                select.select([], [], [client.sock], 0.05)  # it is slow
+                select.select([], [], [client.sock], 0.08)  # it is slow
                 assert read_exactly(client, part) == bytes(part)
             assert seen.get(timeout=PATIENCE) is None
 

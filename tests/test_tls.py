@@ -557,7 +557,6 @@ class TestEndings:
         shutdown timeout counts from close on, what is unsent included."""
         monkeypatch.setattr(server, "LINGER", 2 * SHORT)
         monkeypatch.setattr(server, "LINGER_TOTAL", 2 * SHORT)
-        monkeypatch.setattr(server, "SEND_TIMEOUT", 2 * SHORT)
         size = 800_000
         listener = sockets.bind_tcp("127.0.0.1", 0, 10)[0]
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 32 * 1024)
