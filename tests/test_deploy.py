@@ -21,7 +21,7 @@ import threading
 from pathlib import Path
 
 import pytest
-from conftest import PATIENCE, ROOT, Client, Process, serving
+from conftest import PATIENCE, ROOT, Client, Process, serving, sooner
 
 import sockets
 
@@ -269,9 +269,7 @@ class TestNginx:
 
     def test_a_stop_lets_the_request_in_flight_end(self, folder):
         path = folder / "foal.sock"
-        sooner = "import slow\nslow.SECONDS = 0.5\napp = slow.app\n"
-        (folder / "sooner.py").write_text(sooner)
-        with Process("sooner:app", "--app-dir", folder, "--uds", path) as process:
+        with Process(*sooner(folder, "slow", "SECONDS = 0.5"), "--uds", path) as process:
             process.wait_for("listening")
             with Proxy(folder, f"unix:{path}") as proxy, proxy.connect() as client:
                 client.send(b"GET / HTTP/1.1\r\nHost: test\r\n\r\n")

@@ -6,7 +6,7 @@ import json
 import re
 
 import pytest
-from conftest import GET, ROOT, Process
+from conftest import GET, ROOT, Process, sooner
 
 EXAMPLES = sorted(path.stem for path in (ROOT / "examples").glob("*.py"))
 LONGER = {"wsgi": 92, "microscope": 175}  # PEP 3333 has many names; a tool, too
@@ -111,9 +111,7 @@ def test_events_notices_the_client_leaving_although_it_has_nothing_to_send(tmp_p
 
 
 def test_events_go_on_while_the_client_is_there(tmp_path):
-    often = "import events\nevents.EVERY = 0.1\napp = events.app\n"
-    (tmp_path / "often.py").write_text(often)
-    with Process("often:app", "--app-dir", tmp_path, "--port", 0) as process:
+    with Process(*sooner(tmp_path, "events", "EVERY = 0.1"), "--port", 0) as process:
         with process.connect(process.port()) as client:
             client.send(GET)
             client.read_until(b"id: 2\n")
@@ -307,9 +305,7 @@ def test_pathsend_sends_nothing_that_it_has_not_listed():
 
 
 def test_slow_is_waited_for_with_its_job(tmp_path):
-    sooner = "import slow\nslow.SECONDS = 0.7\napp = slow.app\n"
-    (tmp_path / "sooner.py").write_text(sooner)
-    with Process("sooner:app", "--app-dir", tmp_path, "--port", 0) as process:
+    with Process(*sooner(tmp_path, "slow", "SECONDS = 0.7"), "--port", 0) as process:
         with process.connect(process.port()) as client:
             client.send(GET)
             process.wait_for("a request")
