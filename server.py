@@ -10,8 +10,8 @@ Read beside: ASGI specification (main, www, lifespan); RFC 9112, RFC 9110 and RF
 
 The bug that shaped it: `python server.py` loads this file as __main__, and an app that
     says `import server` would load it again, with other classes under the same names.
-    So the last lines hand over to the importable twin, and nothing happens at import
-    time.
+    So the first lines hand over to the importable twin, and nothing else happens at
+    import time.
 
 Contents, outermost first. Read down until you have what you came for.
     1  Command line      main, make_parser, Config
@@ -47,7 +47,6 @@ import ipaddress
 import itertools
 import logging
 import math
-import multiprocessing.connection
 import os
 import re
 import signal
@@ -61,7 +60,7 @@ import time
 import traceback
 import zlib
 from collections.abc import Awaitable, Callable, Iterable, Iterator, MutableMapping
-from typing import Any, BinaryIO, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, NoReturn
 from urllib.parse import unquote
 
 try:
@@ -74,10 +73,22 @@ except ModuleNotFoundError:
     print(f"foal needs h11; run: {how}", file=sys.stderr)
     sys.exit(3)
 
+if __name__ == "__main__":
+    # Run the importable twin of this file: apps and workers meet the same classes. Here
+    # and not at the end, because nobody needs what follows twice: 5 ms.
+    import server
+
+    sys.modules["__main__"] = server  # whose compiled form is cached, for workers too
+    sys.exit(server.main())
+
 import loops
 import reload
 import sockets
-import workers
+
+if TYPE_CHECKING:  # one process alone does without multiprocessing: 10 ms and 1 MiB
+    import multiprocessing.connection
+
+    import workers
 
 __version__ = "0.1.0"
 
@@ -327,10 +338,32 @@ def configure_logging(config: Config, worker: bool = False) -> None:
     if logger.hasHandlers():
         return
     pid = "[%(process)d] " if worker else ""
-    handler = logging.StreamHandler()
+    handler = LogHandler()
     handler.setFormatter(LogFormatter(f"%(asctime)s %(levelname)-7s {pid}%(message)s"))
     logger.addHandler(handler)
     logger.propagate = False  # the app may give the root logger a handler as well
+
+
+class LogHandler(logging.StreamHandler):
+    """Lines on standard error. Those about requests leave with their answers, at the
+    end of this turn of the loop, in one system call: 9 µs a line."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(self.format(record) + self.terminator)
+        if record.name != access_logger.name:
+            self.flush()
+        elif len(self.lines) == 1:
+            asyncio.get_running_loop().call_soon(self.flush)
+
+    def flush(self) -> None:
+        with self.lock, contextlib.suppress(Exception):  # nobody is left to be told
+            lines, self.lines = self.lines, []
+            self.stream.write("".join(lines))
+            self.stream.flush()
 
 
 class LogFormatter(logging.Formatter):
@@ -352,7 +385,8 @@ def check_surroundings(config: Config) -> None:
         # Older ones let two readers of one chunked body disagree (CVE-2025-43859).
         raise StartupError(f'h11 {h11.__version__} is too old; pip install "h11>=0.16"')
     load_tls(config)
-    if multiprocessing.current_process().name == workers.NAME:
+    processes = sys.modules.get("multiprocessing")
+    if processes and processes.current_process().name == "foal worker":
         # A spawned worker imports the script that started us (uvicorn #949, #1045).
         raise StartupError('put server.run(…) below: if __name__ == "__main__":')
     if config.shared and not isinstance(config.app, str):
@@ -418,6 +452,8 @@ def supervise(
     config: Config, listeners: list[socket.socket], cleanup: contextlib.ExitStack
 ) -> int:
     """Be the parent: workers serve, the watcher says when to replace them."""
+    import workers
+
     watcher = None
     if config.reload:
         folders = config.reload_dir or [config.app_dir]
@@ -451,6 +487,8 @@ def serve_in_worker(
     pipe: multiprocessing.connection.Connection,
 ) -> None:
     """Be the child: the target of every worker process."""
+    import workers
+
     workers.ignore_group_signals()  # walk: worker 2
     if config.reload:  # compiled files are known by a second and a size alone
         sys.dont_write_bytecode = True
@@ -583,7 +621,8 @@ def import_app(name: str, app_dir: str) -> Any:
             if ours == module_name:
                 why = f"{ours}.py has a name of foal's; rename it, or use a package"
                 raise StartupError(why)
-            logger.warning("import %s will give foal's, not %s", ours, other)
+            if ours in sys.modules:  # with one process, workers is not
+                logger.warning("import %s will give foal's, not %s", ours, other)
     sys.path.insert(0, app_dir)
     sys.path.append(os.path.join(here, "examples"))
     try:
@@ -1705,6 +1744,7 @@ class Gate:
 
 SENDFILE_PIECE = 256 * 1024  # bytes: a client has SEND_TIMEOUT for each
 END = h11.EndOfMessage()  # one for all
+ACCESS_LINE = '%s "%s %s HTTP/%s" %d %d B %.1f ms'
 # What a recipient needs before the body cannot come behind it (RFC 9110 §6.5.1).
 NO_TRAILERS = (b"transfer-encoding", b"content-length", b"host", b"trailer", b"te") + (
     (b"connection", b"set-cookie", b"authorization", b"content-type", b"cache-control")
@@ -2038,8 +2078,7 @@ class RequestResponseCycle:
         server, request = self.connection.server, self.request
         if not server.log_access:
             return
-        access_logger.info(
-            '%s "%s %s HTTP/%s" %d %d B %.1f ms',
+        values = (
             "%s:%d" % self.client if self.client else "unix",
             request.method.decode("ascii"),
             request.target.decode("ascii").replace('"', "%22"),
@@ -2048,6 +2087,11 @@ class RequestResponseCycle:
             self.sent,
             1000 * (server.loop.time() - self.started),
         )
+        # Not access_logger.info, which looks up this line's number: 2 µs.
+        record = access_logger.makeRecord(
+            access_logger.name, logging.INFO, __file__, 0, ACCESS_LINE, values, None
+        )
+        access_logger.handle(record)
 
 
 def interim(status: int, fields: list) -> h11.InformationalResponse:
@@ -2880,11 +2924,3 @@ def traced(app: ASGIApp) -> ASGIApp:
         trace.record("app", "<-", "returns", request)
 
     return traced_app
-
-
-if __name__ == "__main__":
-    # Run the importable twin of this file: apps and workers meet the same classes.
-    import server
-
-    sys.modules["__main__"] = server  # whose compiled form is cached, for workers too
-    sys.exit(server.main())

@@ -9,6 +9,8 @@ import asyncio
 import contextlib
 import dataclasses
 import functools
+import io
+import logging
 import os
 import re
 import shutil
@@ -427,6 +429,13 @@ class TestFindingTheApp:
         (tmp_path / "example.py").write_text(MAIN.replace("__name__", "'mine'"))
         assert body_of("example:app", cwd=tmp_path) == b"mine"
 
+    def test_one_process_does_without_multiprocessing(self, tmp_path):
+        """It takes 10 ms and 1 MiB; and an app's own workers.py stays the app's."""
+        loaded = "repr([n for n in ('workers', 'multiprocessing') if n in sys.modules])"
+        app = MAIN.replace("__name__", loaded).replace("\n", "import sys\n", 1)
+        (tmp_path / "main.py").write_text(app)
+        assert body_of("main:app", cwd=tmp_path) == b"[]"
+
 
 TWINS = """
 import asyncio, os, server
@@ -525,6 +534,65 @@ async def app(scope, receive, send):
         assert (outcome.code, len(outcome.errors)) == (3, 1), outcome.output
         assert "no database" in outcome.errors[0]
         assert "listening" not in outcome.output
+
+
+class Pieces(io.StringIO):
+    """A text stream that keeps apart what was written at once."""
+
+    def __init__(self):
+        super().__init__()
+        self.pieces = []
+
+    def write(self, text):
+        self.pieces.append(text)
+        return len(text)
+
+
+class TestLogLines:
+    """A line costs a system call; those about the requests of one turn share theirs."""
+
+    def handler(self, monkeypatch) -> tuple[server.LogHandler, Pieces]:
+        stream = Pieces()
+        monkeypatch.setattr("sys.stderr", stream)
+        return server.LogHandler(), stream
+
+    def record(self, name: str, text: str) -> logging.LogRecord:
+        return logging.LogRecord(name, logging.INFO, "", 0, text, (), None)
+
+    def test_lines_about_requests_leave_together_and_in_order(self, monkeypatch):
+        handler, stream = self.handler(monkeypatch)
+
+        async def two_turns():
+            for text in ("one", "two"):
+                handler.handle(self.record("server.access", text))
+            assert stream.pieces == []
+            await asyncio.sleep(0)
+            assert stream.pieces == ["one\ntwo\n"]
+            handler.handle(self.record("server.access", "three"))
+            handler.handle(self.record("server", "four"))  # and nothing waits behind it
+            assert stream.pieces[1:] == ["three\nfour\n"]
+
+        asyncio.run(two_turns())
+
+    def test_any_other_line_leaves_at_once(self, monkeypatch):
+        handler, stream = self.handler(monkeypatch)
+        handler.handle(self.record("server", "no loop runs here"))
+        assert stream.pieces == ["no loop runs here\n"]
+
+    @POSIX_ONLY
+    def test_a_server_whose_log_nobody_reads_serves(self):
+        """What it says goes into a pipe whose reader has left."""
+        [listener] = sockets.bind_tcp("127.0.0.1", 0, 5)
+        fd = str(listener.fileno())
+        command = [sys.executable, str(SERVER), "example:app", "--fd", fd]
+        popen = {"stderr": subprocess.PIPE, "pass_fds": [int(fd)], "env": environment()}
+        with listener, subprocess.Popen(command, **popen) as process:
+            process.stderr.close()
+            with Client(listener.getsockname()) as client:
+                for _ in range(2):
+                    client.send(GET)
+                    assert client.response()[0] == 200
+            process.kill()
 
 
 @POSIX_ONLY
