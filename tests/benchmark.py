@@ -173,7 +173,8 @@ class Peer:
     cases: str = "http ws"  # kinds of cases, or their names
 
 
-FOAL = "{foal}/server.py bench_app:app --app-dir . --port {port}"
+OPTIONS = "bench_app:app --app-dir . --port {port}"
+FOAL = f"{{foal}}/server.py {OPTIONS}"
 UVICORN = "-m uvicorn bench_app:app --port {port} --loop asyncio --http h11"
 UVICORN_C = "-m uvicorn bench_app:app --port {port} --loop uvloop --http httptools"
 HYPERCORN = "-m hypercorn -w 0 -b 127.0.0.1:{port} bench_app:app"
@@ -184,6 +185,7 @@ BASELINE = "uvicorn-h11", "uvicorn-wsproto"  # what the others are compared with
 FLOORS = "h11 alone", "bare asyncio"
 PEERS = {
     "foal": Peer(FOAL, "h11", QUIET, ""),
+    "foal -m": Peer(f"-m server {OPTIONS}", "h11", QUIET, cases="start"),  # compiled
     "foal-other": Peer(FOAL, "h11", QUIET, ""),
     BASELINE[0]: Peer(UVICORN, "uvicorn h11", QUIET, "", "http"),
     BASELINE[1]: Peer(
@@ -544,7 +546,8 @@ class Run:
 
     def environment(self) -> dict[str, str]:
         """As users have it: what was compiled once is kept; here, in our folder."""
-        ours = {"PYTHONPATH": str(self.folder), "PYTHONDONTWRITEBYTECODE": ""}
+        path = os.pathsep.join([str(self.folder), str(ROOT)])
+        ours = {"PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": ""}
         ours["PYTHONPYCACHEPREFIX"] = str(self.folder / "cache")
         return {**os.environ, **ours}
 
