@@ -787,6 +787,13 @@ class Server:
         if self.lifespan:
             self.lifespan.interrupt()
 
+    def retire(self) -> None:
+        """--limit-max-requests is reached."""
+        if self.lifeline:
+            self.lifeline.say("retire")  # serves on until its successor is ready
+        else:
+            self.stop("--limit-max-requests is reached")
+
     def stop_soon(self, *reason: str) -> None:
         """The same from another thread, or from a signal handler."""
         with contextlib.suppress(RuntimeError):  # the loop has just been closed
@@ -1218,13 +1225,13 @@ class HTTPConnection(asyncio.Protocol):
         last = dict(fields)
         check_request(request, fields, last)  # walk: 5
         if b"content-length" in last or b"transfer-encoding" in last:
-            self.gate.expect_body()
+            self.gate.expect_body(last)
         if len(server.tasks) >= server.most_tasks:
             raise h11.RemoteProtocolError("too many requests at once", 503)
         scope = self.scope.copy()
         scope["state"] = server.state.copy()
-        scope["extensions"] = self.extensions_for(request, fields, last)
-        fill_scope(scope, request, fields)
+        scope["extensions"] = self.extensions.copy()
+        fill_scope(scope, request, fields, last)
         if self.behind_proxy:
             scope.update(forwarded(scope, server.proxies))
         kind = RequestResponseCycle
@@ -1238,20 +1245,8 @@ class HTTPConnection(asyncio.Protocol):
         cycle.task = asyncio.Task(cycle.run(), loop=self.loop, context=context)
         server.tasks.add(cycle.task)
         server.requests_left -= 1
-        if server.requests_left == 0 and server.lifeline:
-            server.lifeline.say("retire")  # serves on until its successor is ready
-        elif server.requests_left == 0:
-            server.stop("--limit-max-requests is reached")
-
-    def extensions_for(self, request: h11.Request, fields: list, last: dict) -> dict:
-        """Each extension where it works: an HTTP/1.0 client understands neither an
-        interim response nor trailers, and trailers have to be asked for."""
-        found = self.extensions.copy()
-        if request.http_version == b"1.0":
-            del found["http.response.early_hint"]
-        elif b"te" in last and "trailers" in map(str.lower, tokens(fields, b"te")):
-            found["http.response.trailers"] = {}
-        return found
+        if server.requests_left == 0:
+            server.retire()
 
     def eof_received(self) -> bool:
         """The client said all it will say. It may still be listening: answer it."""
@@ -1513,11 +1508,11 @@ def check_request(request: h11.Request, fields: list, last: dict) -> None:
             raise refusal("unknown expectation (RFC 9110 §10.1.1)", 417)
     if len(request.target) > TARGET_LIMIT:
         raise refusal("request target too long", 414)
-    if b"#" in request.target:
+    if request.target.find(b"#") >= 0:  # "in" takes 4 times as long for bytes
         raise refusal("a fragment in the request target (RFC 9112 §3.2)", 400)
 
 
-def fill_scope(scope: Scope, request: h11.Request, fields: list) -> None:
+def fill_scope(scope: Scope, request: h11.Request, fields: list, last: dict) -> None:
     """Add what a scope takes from a request (ASGI www, "HTTP Connection Scope").
 
     Raises h11.RemoteProtocolError with the status to answer.
@@ -1535,6 +1530,11 @@ def fill_scope(scope: Scope, request: h11.Request, fields: list) -> None:
     scope["path"] = scope["root_path"] + (unquote(path) if "%" in path else path)
     scope["raw_path"] = raw_path
     scope["headers"] = fields
+    # An HTTP/1.0 client understands no interim response; trailers have to be asked for.
+    if request.http_version == b"1.0":
+        del scope["extensions"]["http.response.early_hint"]
+    elif b"te" in last and "trailers" in map(str.lower, tokens(fields, b"te")):
+        scope["extensions"]["http.response.trailers"] = {}
 
 
 def split_target(request: h11.Request) -> tuple[bytes, bytes]:
@@ -1659,7 +1659,7 @@ class Gate:
             self.empty_lines += 1
         buffer = self.buffer
         longest = TARGET_LIMIT + 64  # with a method and a version around the target
-        if len(buffer) > longest and b"\n" not in buffer[:longest]:
+        if len(buffer) > longest and buffer.find(b"\n", 0, longest) < 0:
             raise h11.RemoteProtocolError("request line too long", 414)
         self.head = self.take_lines()  # walk: 3
         return self.head
@@ -1670,17 +1670,18 @@ class Gate:
         buffer = self.buffer
         end = buffer.find(b"\r\n\r\n", self.checked) + 4
         whole = end >= 4
-        if (end if whole else len(buffer)) > HEAD_LIMIT:
-            raise h11.RemoteProtocolError("request head too large", 431)
         if whole:
             good = LINES.fullmatch(buffer, 0, end)
         else:
             good = MORE_LINES.fullmatch(buffer, self.checked)
+            end = len(buffer.rstrip(b"\r\n"))
+        if end > HEAD_LIMIT:
+            raise h11.RemoteProtocolError("request head too large", 431)
         if not good:
             why = "bare CR or LF, control character, or folded line (RFC 9112 §2.2)"
             raise h11.RemoteProtocolError(why, 400)
-        known, self.checked = self.checked, len(buffer.rstrip(b"\r\n"))
-        self.lines += buffer.count(b"\r\n", known, end if whole else self.checked)
+        self.lines += buffer.count(b"\r\n", self.checked, end)
+        self.checked = end
         if self.lines > FIELD_LIMIT + 2:
             raise h11.RemoteProtocolError("too many fields", 431)
         if not whole:
@@ -1688,17 +1689,17 @@ class Gate:
         self.checked = self.lines = self.empty_lines = 0
         return self.take(end)
 
-    def expect_body(self) -> None:
-        """A body follows the head that was taken last: note how it ends. h11 has read
-        that head, and will say the same, or it has refused (RFC 9112 §6.3)."""
-        head = self.head.lower()
-        if b"\r\ntransfer-encoding:" not in head:
+    def expect_body(self, fields: dict) -> None:
+        """A body follows the head that was taken last, whose fields h11 has read: note
+        how it ends. h11 would take two equal lengths for one (RFC 9112 §6.3)."""
+        if b"transfer-encoding" not in fields:
+            head = self.head.lower()
             length = CONTENT_LENGTH.search(head)
             if length is None or head.count(b"\r\ncontent-length:") > 1:
                 raise h11.RemoteProtocolError("Content-Length is not one number", 400)
             self.left = int(length[1])
             self.part = Part.LENGTH if self.left else Part.HEAD
-        elif b"\r\ncontent-length:" in head:
+        elif b"content-length" in fields:
             raise h11.RemoteProtocolError("Content-Length with Transfer-Encoding", 400)
         else:
             self.part = Part.CHUNKS
