@@ -2213,9 +2213,6 @@ class WebSocketSession(RequestResponseCycle, asyncio.Protocol):
         self.close_code = APP_FAILED
         super().explain(exc)
 
-    def told_to_end(self) -> bool:
-        return self.gone  # and not when the app has closed it itself
-
     # The app's side.
 
     async def receive(self) -> Message:
@@ -2243,10 +2240,10 @@ class WebSocketSession(RequestResponseCycle, asyncio.Protocol):
             await self.writable.wait()
         if self.connection.below.is_closing():
             self.client_left()  # a write has failed, and the loop had no turn since
+        if self.gone:
+            raise ClientDisconnected("the client has left")
         unsaid = self.state is ResponseState.EXPECTING_START
         match self.phase, message["type"]:
-            case WebSocketState.CONNECTING, _ if self.gone:
-                raise ClientDisconnected("the client has left")
             case WebSocketState.CONNECTING, "websocket.accept" if unsaid:
                 self.accept(message)
             case WebSocketState.CONNECTING, "websocket.close" if unsaid:
@@ -2256,13 +2253,11 @@ class WebSocketSession(RequestResponseCycle, asyncio.Protocol):
                 "websocket.http.response.start" | "websocket.http.response.body" as kind
             ):
                 await self.deny({**message, "type": kind.removeprefix("websocket.")})
-            case WebSocketState.OPEN, "websocket.send" if not self.gone:
+            case WebSocketState.OPEN, "websocket.send":
                 self.send_message(message)
-            case WebSocketState.OPEN, "websocket.close" if not self.gone:
+            case WebSocketState.OPEN, "websocket.close":
                 reason = message.get("reason") or ""
                 self.start_close(message.get("code", 1000), reason)
-            case _ if self.hung_up and self.state is ResponseState.COMPLETE:
-                raise ClientDisconnected("the client has left")
             case phase, kind:
                 raise RuntimeError(f"unexpected message {kind!r} in {phase.name}")
 
@@ -2362,8 +2357,6 @@ class WebSocketSession(RequestResponseCycle, asyncio.Protocol):
             code, reason = exc.args
             peer = self.connection.peer
             logger.info("%s: WebSocket failed, %d: %s", peer, code, reason)
-            if self.phase is WebSocketState.OPEN:
-                self.start_close(code)
             self.end(code, "")
 
     def read_on(self) -> None:
@@ -2389,23 +2382,22 @@ class WebSocketSession(RequestResponseCycle, asyncio.Protocol):
                 if not self.connection.below.is_closing():  # else asyncio logs each
                     self.transport.write(encode_frame(Opcode.PONG, payload))
             case Opcode.CLOSE:
-                code, reason = parse_close(payload)
-                if self.phase is WebSocketState.OPEN:  # the reply repeats the code
-                    self.transport.write(encode_frame(Opcode.CLOSE, payload[:2]))
-                self.end(code, reason)
+                self.end(*parse_close(payload))
 
     def end(self, code: int, reason: str) -> None:
-        """Both have said Close, or must not go on: the server ends the connection first
+        """The client has said Close, or cannot go on: reply if it is the first to say
+        so, with its code (RFC 6455 §5.5.1). Then the server ends the connection first
         (RFC 6455 §7.1.1), in stages as for HTTP."""
-        ours_first = self.phase is WebSocketState.CLOSING
+        if self.phase is WebSocketState.OPEN:
+            self.client_left()
+            if code != NO_CLOSE:
+                payload = b"" if code == NO_CODE else code.to_bytes(2, "big")
+                self.transport.write(encode_frame(Opcode.CLOSE, payload))
         self.phase = WebSocketState.CLOSED
         self.disconnect.update(code=code, reason=reason)
         self.connection.close()
         self.deadline = self.connection.loop.time() + LINGER
-        if ours_first:
-            self.hang_up()
-        else:
-            self.client_left()
+        self.changed()
 
     def eof_received(self) -> bool:
         self.connection.gate.eof = True

@@ -1059,8 +1059,9 @@ class TestClosingHandshake:
             assert session.client.read_all() == b""
             assert session.receive() == text("good")
             assert session.receive()["type"] == "websocket.disconnect"
-            with pytest.raises(server.ClientDisconnected):
+            with pytest.raises(server.ClientDisconnected) as raised:
                 session.send({**SEND, "text": "x"})
+            session.end(raised.value)
         assert not errors(log)
         assert re.search(rf"{peer}: .*\b{code}: \w", log.text)
 
