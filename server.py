@@ -2228,10 +2228,8 @@ class WebSocketSession(RequestResponseCycle, asyncio.Protocol):
         message = self.messages.popleft()  # walk: ws 5
         before = self.messages_size
         self.messages_size -= size_of(message)
-        if before > HIGH_WATER >= self.messages_size and self.decoder is not None:
-            self.transport.resume_reading()
-            # What was left when we stopped; in a turn of its own, for the others' sake.
-            self.connection.loop.call_soon(self.data_received, b"")
+        if before > HIGH_WATER >= self.messages_size:
+            self.connection.loop.call_soon(self.read_on)
         return message
 
     async def send(self, message: Message) -> None:
@@ -2308,7 +2306,6 @@ class WebSocketSession(RequestResponseCycle, asyncio.Protocol):
         server.connections.add(self)
         self.transport.set_protocol(self)  # walk: ws 3
         self.transport.resume_reading()
-        self.expect_something()
         eager, connection.gate.buffer = connection.gate.buffer, b""  # sent too soon
         self.data_received(eager)
         if connection.gate.eof:
@@ -2335,8 +2332,7 @@ class WebSocketSession(RequestResponseCycle, asyncio.Protocol):
             raise ValueError("the reason of a close is at most 123 bytes")
         self.transport.write(encode_frame(Opcode.CLOSE, payload))  # walk: ws 8
         self.phase = WebSocketState.CLOSING
-        self.transport.resume_reading()  # to see theirs; it may be here already
-        self.connection.loop.call_soon(self.data_received, b"")
+        self.connection.loop.call_soon(self.read_on)  # theirs may wait behind a backlog
         self.deadline = self.connection.loop.time() + CLOSE_TIMEOUT
 
     # The client's side: the transport's callbacks.
@@ -2360,7 +2356,8 @@ class WebSocketSession(RequestResponseCycle, asyncio.Protocol):
             self.end(code, "")
 
     def read_on(self) -> None:
-        """What is left of a flood of frames, before more of it is read."""
+        """Take in what was left when we stopped, before more of it is read: in a turn
+        of its own, for the others' sake."""
         if self.decoder is not None and not self.is_full():  # else receive does
             self.transport.resume_reading()
             self.data_received(b"")
@@ -2407,12 +2404,9 @@ class WebSocketSession(RequestResponseCycle, asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.phase = WebSocketState.CLOSED
-        self.deadline = math.inf
         self.decoder = self.deflate = None  # zlib's windows, while the app lingers
-        self.client_left()
-        self.writable.set()
         self.connection.server.connections.discard(self)
-        self.connection.server.something_ended.set()
+        self.connection.connection_lost(exc)
 
     def pause_writing(self) -> None:
         self.writable.clear()
