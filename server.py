@@ -2154,10 +2154,9 @@ def check_handshake(scope: Scope) -> None:
     fields = scope["headers"]
     if tokens(fields, b"sec-websocket-version") != ["13"]:
         raise h11.RemoteProtocolError("WebSocket version must be 13", 426)
-    keys = [value for name, value in fields if name == b"sec-websocket-key"]
+    key = b",".join(value for name, value in fields if name == b"sec-websocket-key")
     framing = {b"transfer-encoding", b"content-length"} & dict(fields).keys()
-    good_key = len(keys) == 1 and KEY.fullmatch(keys[0])
-    if scope["method"] != "GET" or framing or not good_key:
+    if scope["method"] != "GET" or framing or not KEY.fullmatch(key):
         raise h11.RemoteProtocolError("malformed WebSocket handshake", 400)
     del scope["method"]
     scope["type"] = "websocket"
@@ -2188,8 +2187,7 @@ class WebSocketSession(RequestResponseCycle, asyncio.Protocol):
         self.close_code = 1000  # for an app that returns without a word
 
         # What receive has not yet returned; its size is bounded by not reading on.
-        self.messages: collections.deque[Message] = collections.deque()
-        self.messages.append({"type": "websocket.connect"})
+        self.messages = collections.deque([{"type": "websocket.connect"}])
         self.messages_size = 0
         self.disconnect: Message = {"type": "websocket.disconnect", "code": NO_CLOSE}
 
@@ -2272,11 +2270,8 @@ class WebSocketSession(RequestResponseCycle, asyncio.Protocol):
         extra = [field for field in extra if field[0].lower() not in HANDSHAKE_FIELDS]
         key = dict(self.fields)[b"sec-websocket-key"]
         proof = base64.b64encode(hashlib.sha1(key + GUID).digest())
-        fields = [
-            (b"upgrade", b"websocket"),
-            (b"connection", b"Upgrade"),
-            (b"sec-websocket-accept", proof),
-        ]
+        fields = [(b"upgrade", b"websocket"), (b"connection", b"Upgrade")]
+        fields.append((b"sec-websocket-accept", proof))
         if subprotocol is not None:
             fields.append((b"sec-websocket-protocol", subprotocol.encode("ascii")))
         if self.config.ws_deflate:
@@ -2345,10 +2340,9 @@ class WebSocketSession(RequestResponseCycle, asyncio.Protocol):
                 self.transport.pause_reading()
                 self.connection.loop.call_soon(self.read_on)
         except WebSocketError as exc:
-            code, reason = exc.args
             peer = self.connection.peer
-            logger.info("%s: WebSocket failed, %d: %s", peer, code, reason)
-            self.end(code, "")
+            logger.info("%s: WebSocket failed, %d: %s", peer, *exc.args)
+            self.end(exc.args[0])
 
     def read_on(self) -> None:
         """Take in what was left when we stopped, before more of it is read: in a turn
@@ -2376,7 +2370,7 @@ class WebSocketSession(RequestResponseCycle, asyncio.Protocol):
             case Opcode.CLOSE:
                 self.end(*parse_close(payload))
 
-    def end(self, code: int, reason: str) -> None:
+    def end(self, code: int, reason: str = "") -> None:
         """The client has said Close, or cannot go on: reply if it is the first to say
         so, with its code (RFC 6455 §5.5.1). Then the server ends the connection first
         (RFC 6455 §7.1.1), in stages as for HTTP."""
@@ -2394,7 +2388,7 @@ class WebSocketSession(RequestResponseCycle, asyncio.Protocol):
     def eof_received(self) -> bool:
         self.connection.gate.eof = True
         if self.phase is not WebSocketState.CLOSED:
-            self.end(NO_CLOSE, "")
+            self.end(NO_CLOSE)
         return False
 
     def connection_lost(self, exc: Exception | None) -> None:
