@@ -2498,7 +2498,7 @@ def parse_close(payload: bytes) -> tuple[int, str]:
     if not payload:
         return NO_CODE, ""
     code = int.from_bytes(payload[:2], "big")
-    if len(payload) == 1 or not is_close_code(code):
+    if not is_close_code(code):  # nor is a single byte one
         raise WebSocketError(1002, "bad close code")
     try:
         return code, payload[2:].decode()
@@ -2544,11 +2544,11 @@ class FrameDecoder:
             payload = apply_mask(self.mask, part)  # walk: ws 4
             self.left -= len(part)
             if opcode < Opcode.CLOSE:
+                self.add(payload, last=self.final and not self.left)
+            if self.left:
                 turn = len(part) % 4
                 self.mask = self.mask[turn:] + self.mask[:turn]
-                self.add(payload, last=self.final and not self.left)
-                if self.left:
-                    return
+                return
             self.opcode = None
             self.frames += 1
             if opcode >= Opcode.CLOSE:
@@ -2590,17 +2590,16 @@ class FrameDecoder:
     def check_header(self, first: int, second: int) -> None:
         """What the first two bytes alone can do wrong."""
         opcode = first & 0x0F
-        fragment, known = self.message is not None, opcode in (0, 1, 2, 8, 9, 10)
-        if not known:
+        if opcode not in (0, 1, 2, 8, 9, 10):
             raise WebSocketError(1002, f"opcode {opcode} is reserved")
-        deflated = first & 0x40 and self.deflate is not None and opcode in (1, 2)
-        if first & 0x30 or (first & 0x40 and not deflated):
+        may_deflate = self.deflate is not None and opcode in (1, 2)
+        if first & (0x30 if may_deflate else 0x70):
             raise WebSocketError(1002, "a reserved bit is set")
         if not second & 0x80:
             raise WebSocketError(1002, "a client has to mask (RFC 6455 §5.1)")
         if opcode >= 8 and (not first & 0x80 or second & 0x7F > 125):
             raise WebSocketError(1002, "a control frame is long, or a fragment")
-        if opcode < 8 and fragment != (opcode == 0):
+        if opcode < 8 and (opcode == 0) != (self.message is not None):
             raise WebSocketError(1002, "a fragment is missing, or one too many")
 
     def add(self, payload: bytes, *, last: bool) -> None:
@@ -2628,12 +2627,12 @@ class FrameDecoder:
 class Deflate:
     """permessage-deflate (RFC 7692): one compressor and one decompressor."""
 
-    def __init__(self, parameters: dict[str, str | None]) -> None:
+    def __init__(self, parameters: list[str]) -> None:
         self.forget_ours = "server_no_context_takeover" in parameters
         self.forget_theirs = "client_no_context_takeover" in parameters
-        self.bits = int(parameters.get("server_max_window_bits") or WINDOW_BITS)
-        shown = [f"{n}={v}" if v else n for n, v in parameters.items()]
-        self.answer = "; ".join(["permessage-deflate", *shown]).encode()
+        values = dict(parameter.partition("=")[::2] for parameter in parameters)
+        self.bits = int(values.get("server_max_window_bits", WINDOW_BITS))
+        self.answer = "; ".join(["permessage-deflate", *parameters]).encode()
         self.compressor = self.decompressor = None
 
     @classmethod
@@ -2642,13 +2641,11 @@ class Deflate:
         for offer in offers:
             name, *rest = [part.strip() for part in offer.split(";")]
             # A value may be quoted, but must not be empty (RFC 6455 §9.1).
-            pairs = [tuple(part.replace('"', "").split("=", 1)) for part in rest]
-            parameters = {pair[0]: pair[1] if pair[1:] else None for pair in pairs}
-            good = all(v in ACCEPTABLE.get(n, ()) for n, v in parameters.items())
-            if name == "permessage-deflate" and len(parameters) == len(rest) and good:
-                if not parameters.get("client_max_window_bits", "15"):
-                    del parameters["client_max_window_bits"]  # it would obey a wish
-                return cls(parameters)
+            wishes = [part.replace('"', "") for part in rest]
+            once = len({w.partition("=")[0] for w in wishes}) == len(wishes)
+            if name == "permessage-deflate" and once and ACCEPTABLE.issuperset(wishes):
+                # This one says that the client would obey a wish of ours.
+                return cls([w for w in wishes if w != "client_max_window_bits"])
         return None
 
     def compress(self, data: bytes) -> bytes:
@@ -2688,12 +2685,12 @@ class Deflate:
 
 
 MOST_STREAMS = 16  # in one part of a message; nobody sends two
-WINDOWS = [str(bits) for bits in range(9, 16)]  # zlib has no window of 2**8 bytes
-ACCEPTABLE: dict[str, list[str | None]] = {  # parameter: its values (RFC 7692 §7.1)
-    "server_no_context_takeover": [None],
-    "client_no_context_takeover": [None],
-    "server_max_window_bits": [*WINDOWS],
-    "client_max_window_bits": [None, "8", *WINDOWS],
+ACCEPTABLE = {  # parameters (RFC 7692 §7.1)
+    "server_no_context_takeover",
+    "client_no_context_takeover",
+    "client_max_window_bits",
+    *(f"client_max_window_bits={bits}" for bits in range(8, 16)),
+    *(f"server_max_window_bits={bits}" for bits in range(9, 16)),  # zlib has no 8
 }
 
 
