@@ -1435,8 +1435,7 @@ class HTTPConnection(asyncio.Protocol):
         replaced = self.server.lifeline and what is Waiting.NEXT_REQUEST
         if what is Waiting.HEAD or replaced:
             self.look(now)
-            self.end = min(self.end, now + FIRST_REQUEST)
-            self.deadline = self.end
+            self.deadline = self.end = min(self.end, now + FIRST_REQUEST)
         elif self.cycle is None:
             self.close()
             if what is not Waiting.CLIENT_TO_READ:
@@ -1472,10 +1471,8 @@ def extensions_of(
 
 def excerpt(data: bytes) -> str:
     """The first bytes received, safe for a log and a terminal; and a guess."""
-    if not data:
-        return ""
-    hint = " (this looks like TLS)" if data[0] == 0x16 else ""
-    return f": {bytes(data[:60])!r}{hint}"
+    hint = " (this looks like TLS)" if data.startswith(b"\x16") else ""
+    return f": {data[:60]!r}{hint}" if data else ""
 
 
 # What h11 lets through and we do not. h11 checks syntax, leniently; two readers of one
@@ -2123,6 +2120,7 @@ CLOSE_TIMEOUT = 10.0  # seconds for the client's half of the closing handshake
 NO_CODE, NO_CLOSE, TOO_BIG, APP_FAILED, RESTART = 1005, 1006, 1009, 1011, 1012
 GUID = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"  # RFC 6455 §1.3
 KEY = re.compile(rb"[A-Za-z0-9+/]{22}==")  # 16 bytes in base64
+DENIAL = ("websocket.http.response.start", "websocket.http.response.body")
 HANDSHAKE_FIELDS = (b"upgrade", b"connection", b"content-length", b"transfer-encoding")
 
 
@@ -2240,9 +2238,7 @@ class WebSocketSession(RequestResponseCycle, asyncio.Protocol):
             case WebSocketState.CONNECTING, "websocket.close" if unsaid:
                 await self.deny({"type": "http.response.start", "status": 403})
                 await self.deny({"type": "http.response.body"})
-            case WebSocketState.CONNECTING, (
-                "websocket.http.response.start" | "websocket.http.response.body" as kind
-            ):
+            case WebSocketState.CONNECTING, kind if kind in DENIAL:
                 await self.deny({**message, "type": kind.removeprefix("websocket.")})
             case WebSocketState.OPEN, "websocket.send":
                 self.send_message(message)
@@ -2352,8 +2348,7 @@ class WebSocketSession(RequestResponseCycle, asyncio.Protocol):
             self.data_received(b"")
 
     def is_full(self) -> bool:
-        open_ = self.phase is WebSocketState.OPEN
-        return open_ and self.messages_size > HIGH_WATER
+        return self.phase is WebSocketState.OPEN and self.messages_size > HIGH_WATER
 
     def frame_received(self, opcode: Opcode, payload: bytes | str) -> None:
         match opcode:
