@@ -2408,7 +2408,7 @@ class WebSocketSession(RequestResponseCycle, asyncio.Protocol):
         if self.phase is WebSocketState.OPEN:
             interval = self.config.ws_ping_interval or math.inf
             self.deadline = self.connection.loop.time() + interval
-            self.pinged = False
+            self.pinged, self.unsent = False, math.inf
 
     def look(self, now: float) -> None:
         unsent = self.connection.unsent()

@@ -876,6 +876,18 @@ class TestPing:
             if closing:
                 assert session.client.closing() == (1000, b"")
 
+    def test_one_that_speaks_is_not_dead_however_much_is_unsent(self, quick):
+        """What if there is more to read each time we look, and it sends us pongs?"""
+        with opened(ws_ping_interval=0.05) as session:
+            own = session.own()
+            session.running.call(own.transport.set_write_buffer_limits, 2**26)
+            for _ in range(3):
+                session.send({**SEND, "bytes": bytes(2**23)})
+                session.client.say(PONG)
+                wait_for_ticks(session.running, 10)
+            for _ in range(3):
+                assert session.client.frame() == (0x82, bytes(2**23))
+
     def test_one_that_neither_reads_nor_is_read_is_dropped(self, quick, monkeypatch):
         """behaviour.md §3, "a client that never reads"; here it floods us, too."""
         monkeypatch.setattr(server, "SEND_TIMEOUT", 0.1)
