@@ -1577,7 +1577,7 @@ def forwarded(scope: Scope, networks: list) -> dict[str, Any]:
     return found
 
 
-def tokens(fields: list[tuple[bytes, bytes]], name: bytes) -> list[str]:
+def tokens(fields: Iterable[tuple[bytes, bytes]], name: bytes) -> list[str]:
     """The members of a comma-separated field, over all its lines (RFC 9110 §5.6.1)."""
     values = ",".join(v.decode("latin-1") for n, v in fields if n == name)
     return [token.strip() for token in values.split(",") if token.strip()]
@@ -2176,8 +2176,6 @@ class WebSocketSession(RequestResponseCycle, asyncio.Protocol):
         self, connection: HTTPConnection, request: h11.Request, scope: Scope
     ) -> None:
         super().__init__(connection, request, scope)
-        self.fields = scope["headers"]
-        self.subprotocols = scope["subprotocols"]
         self.config = connection.server.config
         self.transport = connection.transport
         self.writable = connection.writable
@@ -2257,24 +2255,24 @@ class WebSocketSession(RequestResponseCycle, asyncio.Protocol):
     def accept(self, message: Message) -> None:
         """Finish the opening handshake (RFC 6455 §4.2.2), and take the transport."""
         connection, server = self.connection, self.connection.server
-        subprotocol = message.get("subprotocol")
+        asked, subprotocol = self.request.headers, message.get("subprotocol")
+        offered = tokens(asked, b"sec-websocket-protocol")
         extra = bytes_only(message.get("headers", ()))
-        if subprotocol is not None and subprotocol not in self.subprotocols:
+        if subprotocol is not None and subprotocol not in offered:
             raise ValueError(f"subprotocol {subprotocol!r} was not offered")
         if any(name.lower().startswith(b"sec-websocket-") for name, _ in extra):
             raise ValueError("the server sets Sec-WebSocket fields; use subprotocol")
         extra = [field for field in extra if field[0].lower() not in HANDSHAKE_FIELDS]
-        key = dict(self.fields)[b"sec-websocket-key"]
+        key = dict(asked)[b"sec-websocket-key"]
         proof = base64.b64encode(hashlib.sha1(key + GUID).digest())
         fields = [(b"upgrade", b"websocket"), (b"connection", b"Upgrade")]
         fields.append((b"sec-websocket-accept", proof))
         if subprotocol is not None:
             fields.append((b"sec-websocket-protocol", subprotocol.encode("ascii")))
-        if self.config.ws_deflate:
-            offers = tokens(self.fields, b"sec-websocket-extensions")
-            self.deflate = Deflate.negotiate(offers)
-        if self.deflate is not None:
-            fields.append((b"sec-websocket-extensions", self.deflate.answer))
+        offers = tokens(asked, b"sec-websocket-extensions")
+        if self.config.ws_deflate and (deflate := Deflate.negotiate(offers)):
+            self.deflate = deflate
+            fields.append((b"sec-websocket-extensions", deflate.answer))
         switch = interim(101, [*fields, *server.with_common(extra)])
         connection.write(connection.conn.send(switch))  # walk: ws 2
         self.phase = WebSocketState.OPEN

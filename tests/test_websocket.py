@@ -377,6 +377,15 @@ class TestAccept:
         with opened(self.OFFER, accept=accept) as session:
             assert b"sec-websocket-protocol: superchat" in fields_of(session.head)
 
+    def test_what_was_offered_is_what_the_client_said_and_not_the_scope(self):
+        """A scope is the app's: a middleware may leave little of it."""
+        with connecting(self.OFFER) as session:
+            session.app.scope["headers"].clear()
+            session.app.scope["subprotocols"].clear()
+            session.send({**ACCEPT, "subprotocol": "chat"})
+            head = session.client.read_until(b"\r\n\r\n")
+            assert set(SWITCHED) < set(fields_of(head))
+
     @pytest.mark.parametrize("accept", [ACCEPT, {**ACCEPT, "subprotocol": None}])
     def test_none_need_be_chosen(self, accept):
         with opened(self.OFFER, accept=accept) as session:
