@@ -2531,15 +2531,12 @@ class FrameDecoder:
             if self.opcode is None and not self.read_header():
                 return
             opcode = self.opcode
-            if opcode >= Opcode.CLOSE and len(self.buffer) < self.left:
-                return  # a control frame is short, and counts as a whole
-            part = self.take(self.left)
-            payload = apply_mask(self.mask, part)  # walk: ws 4
-            self.left -= len(part)
+            payload = apply_mask(self.mask, self.take(self.left))  # walk: ws 4
+            self.left -= len(payload)
             if opcode < Opcode.CLOSE:
                 self.add(payload, last=self.final and not self.left)
             if self.left:
-                turn = len(part) % 4
+                turn = len(payload) % 4
                 self.mask = self.mask[turn:] + self.mask[:turn]
                 return
             self.opcode = None
@@ -2572,8 +2569,8 @@ class FrameDecoder:
             inflating = deflated or (self.inflating and opcode is Opcode.CONTINUATION)
             if not inflating and len(self.content) + size > self.max_size:
                 raise WebSocketError(TOO_BIG, "message too big")
-        if len(buffer) < 6 + extended:
-            return False
+        if len(buffer) < 6 + extended + (size if opcode >= Opcode.CLOSE else 0):
+            return False  # a control frame is short, and counts as a whole
         if opcode in (Opcode.TEXT, Opcode.BINARY):
             self.message, self.inflating = opcode, deflated
         self.opcode, self.final, self.left = opcode, bool(buffer[0] & 0x80), size
