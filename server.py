@@ -2652,19 +2652,16 @@ class Deflate:
             data += b"\x00\x00\xff\xff"
         inflated = b""
         for _ in range(MOST_STREAMS):
-            if self.decompressor is None:
-                self.decompressor = zlib.decompressobj(wbits=-WINDOW_BITS)
-            room = limit + 1 - len(inflated)
+            stream = self.decompressor or zlib.decompressobj(wbits=-WINDOW_BITS)
             try:
-                inflated += self.decompressor.decompress(data, room)
+                inflated += stream.decompress(data, limit + 1 - len(inflated))
             except zlib.error as exc:
                 raise WebSocketError(1007, f"cannot be inflated: {exc}") from None
             if len(inflated) > limit:
                 raise WebSocketError(TOO_BIG, "message too big once inflated")
-            if not self.decompressor.eof:
-                break
-            # A final block: what follows is a new stream (RFC 7692 §7.2.3.4).
-            data, self.decompressor = self.decompressor.unused_data, None
+            # What follows a final block is a new stream (RFC 7692 §7.2.3.4).
+            self.decompressor = None if stream.eof else stream
+            data = stream.unused_data
             if not data:
                 break
         else:
