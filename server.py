@@ -2035,7 +2035,7 @@ class RequestResponseCycle:
         try:
             async with asyncio.timeout(SEND_TIMEOUT):
                 if transport.get_extra_info("ssl_object"):
-                    sent = await self.send_read(file, offset, size)
+                    sent = await self.send_read(file, size)
                 else:
                     sent = await loop.sendfile(transport, file, offset, size)
         except (OSError, RuntimeError) as exc:  # TimeoutError is an OSError
@@ -2045,9 +2045,8 @@ class RequestResponseCycle:
         if sent != size:
             raise RuntimeError("the file became shorter while it was sent")
 
-    async def send_read(self, file: BinaryIO, offset: int, size: int) -> int:
+    async def send_read(self, file: BinaryIO, size: int) -> int:
         """The same over TLS, where a file has to pass through Python in any case."""
-        file.seek(offset)
         data = file.read(size)
         self.connection.write(data)
         self.connection.flush()
