@@ -1190,7 +1190,7 @@ class TestLeaving:
             waiting = session.start(session.app.receive())
             leave(session.client)
             assert {"reason": "", **waiting()} == gone(1006)
-            session.end()
+            session.end(ValueError("nobody is there"))
             until(session.running, lambda: not session.running.server.tasks)
         assert not errors(log)
 
