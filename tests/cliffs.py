@@ -186,7 +186,9 @@ def idle(port: int, scale: float) -> tuple[int, str]:
     return int(5000 * scale), ""
 
 
-@situation("64 busy connections, and 1,000 new ones at once", memory=20)
+# A new bystander stands in the same queue as the thousand: it waits until all before it
+# are accepted and answered, some 0.4 ms each. The kept one does not.
+@situation("64 busy connections, and 1,000 new ones at once", memory=20, late=500)
 def storm(port: int, scale: float) -> tuple[int, str]:
     async def visit() -> float:
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
