@@ -85,8 +85,7 @@ class Lifeline:
 
 
 def ignore_group_signals() -> None:
-    """For a worker: what reaches the whole process group is its supervisor's
-    business."""
+    """For a worker: what reaches the process group is its supervisor's business."""
     for name in ("SIGINT", "SIGBREAK", "SIGHUP"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
@@ -243,9 +242,8 @@ class Supervisor:
         """Bring what is nearer to what should be: `count` workers, none outdated."""
         if self.exit_code is not None:
             return
-        ready, outdated, starting = map(
-            self.those, (State.READY, State.OUTDATED, State.STARTING)
-        )
+        states = State.READY, State.OUTDATED, State.STARTING
+        ready, outdated, starting = map(self.those, states)
         surplus = len(ready) + len(outdated) - self.count
         for worker in outdated[: max(0, surplus)]:
             worker.stop(self.grace)  # walk: worker 5
@@ -296,8 +294,7 @@ class Supervisor:
                 self.reap(worker)
 
     def reap(self, worker: Worker) -> None:
-        """A worker is dead: say why and for how long it ran, and decide what that
-        means."""
+        """Say why it is dead and for how long it ran, and decide what that means."""
         self.workers.remove(worker)  # walk: worker 8
         worker.process.join()
         worker.pipe.close()
@@ -350,18 +347,13 @@ class Supervisor:
     def check_silence(self, worker: Worker) -> None:
         silence = time.monotonic() - worker.heard
         limit = self.silence_limit
+        finding = f"{worker}: silent for {silence:.0f} s"
         if limit is not None and silence > limit:
-            logger.error(
-                "%s: silent for %.0f s, its loop is blocked; replacing it",
-                worker,
-                silence,
-            )
+            logger.error("%s, its loop is blocked; replacing it", finding)
             worker.stop(0)
         elif silence > SILENCE and not worker.reported:
             worker.reported = True
-            logger.warning(
-                "%s: silent for %.0f s; is its loop blocked?", worker, silence
-            )
+            logger.warning("%s; is its loop blocked?", finding)
 
 
 def describe_exit(code: int | None) -> str:
