@@ -296,7 +296,6 @@ class Supervisor:
     def reap(self, worker: Worker) -> None:
         """Say why it is dead and for how long it ran, and decide what that means."""
         self.workers.remove(worker)  # walk: worker 8
-        worker.process.join()
         worker.pipe.close()
         code = worker.process.exitcode
         end = f"{worker} {describe_exit(code)} after {worker.age():.1f} s"
