@@ -24,7 +24,6 @@ import errno
 import os
 import socket
 import stat
-import sys
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -54,9 +53,8 @@ def resolve(host: str, port: int) -> list[tuple[socket.AddressFamily, tuple]]:
             host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )
     except (socket.gaierror, UnicodeError) as exc:
-        raise OSError(
-            errno.EADDRNOTAVAIL, f'cannot resolve --host "{host}": {exc}'
-        ) from None
+        why = f'cannot resolve --host "{host}": {exc}'
+        raise OSError(errno.EADDRNOTAVAIL, why) from None
     wanted = (socket.AF_INET, socket.AF_INET6)
     return list(dict.fromkeys((i[0], i[4]) for i in found if i[0] in wanted))
 
@@ -90,12 +88,10 @@ def listen_on(family: int, address: tuple, backlog: int) -> socket.socket:
     """Bind and listen on one resolved address."""
     listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
-        if sys.platform == "win32":
-            # There, SO_REUSEADDR lets any program steal the port.
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_EXCLUSIVEADDRUSE, 1)
-        else:
-            # Start again at once, past connections still in TIME_WAIT (man 7 socket).
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        # Start again at once, past connections still in TIME_WAIT (man 7 socket). That
+        # needs no option on Windows, where SO_REUSEADDR lets any program steal a port.
+        how = getattr(socket, "SO_EXCLUSIVEADDRUSE", socket.SO_REUSEADDR)
+        listener.setsockopt(socket.SOL_SOCKET, how, 1)
         if family == socket.AF_INET6:
             # Else "::" takes IPv4 as well, and 0.0.0.0 beside it is "in use".
             listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
@@ -125,8 +121,7 @@ class UnixFile(NamedTuple):
     inode: int
 
     def remove(self) -> None:
-        """Delete the file, unless somebody has put another in its place (uvicorn
-        #722)."""
+        """Delete the file, unless another is in its place by now (uvicorn #722)."""
         with contextlib.suppress(FileNotFoundError):
             now = os.lstat(self.path)
             if (now.st_dev, now.st_ino) == (self.device, self.inode):
@@ -164,19 +159,11 @@ def bind_unix(path: str, backlog: int) -> tuple[socket.socket, UnixFile]:
 
 
 def somebody_answers(path: str) -> bool:
-    """Is a Unix socket's file still listened on? Only a refusal means that it is
-    not."""
+    """Is a Unix socket's file still listened on? Only a refusal means "no"."""
+    refusals = (errno.ECONNREFUSED, errno.ENOENT)  # the latter: removed meanwhile
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         probe.setblocking(False)  # a full backlog says EAGAIN, and is alive
-        try:
-            probe.connect(path)
-        except ConnectionRefusedError:
-            return False
-        except FileNotFoundError:
-            return False  # removed since we looked
-        except OSError:
-            return True
-    return True
+        return probe.connect_ex(path) not in refusals
 
 
 def adopt(fd: int, backlog: int) -> socket.socket:
