@@ -62,24 +62,22 @@ def resolve(host: str, port: int) -> list[tuple[socket.AddressFamily, tuple]]:
 def bind_each(addresses: list, port: int, backlog: int) -> list[socket.socket]:
     """One listener an address. The first port given is the port of the rest."""
     listeners: list[socket.socket] = []
-    unavailable: OSError | None = None
+    unavailable = OSError(errno.EADDRNOTAVAIL, "no address to listen on")
     with contextlib.ExitStack() as undo:
         for family, address in addresses:
             address = (address[0], port, *address[2:])
             try:
                 listener = listen_on(family, address, backlog)
+                listeners.append(undo.enter_context(listener))
+                port = listener.getsockname()[1]
             except OSError as exc:
                 # A resolver may name addresses that this machine has not got: "::1" in
                 # a container whose IPv6 is half switched off. One is enough to serve.
                 if exc.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
                     raise
                 unavailable = exc
-                continue
-            undo.callback(listener.close)
-            listeners.append(listener)
-            port = listener.getsockname()[1]
         if not listeners:
-            raise unavailable or OSError(errno.EADDRNOTAVAIL, "no address to listen on")
+            raise unavailable
         undo.pop_all()
     return listeners
 
