@@ -170,20 +170,12 @@ def flag_of(field: dataclasses.Field) -> str:
     return f"--{no}{field.name.replace('_', '-')}"
 
 
-def option(
-    default: Any,
-    help: str,
-    metavar: str | None = None,
-    *,
-    minimum: int | None = None,
-    choices: tuple[str, ...] = (),
-) -> Any:
-    """A field of Config that is also an option."""
-    if choices:
-        help = f"{help}: {', '.join(choices)}"
+def option(default: Any, help: str, metavar: str | None = None, **limits: Any) -> Any:
+    """A field of Config that is also an option. Its limit: minimum, or choices."""
+    if "choices" in limits:
+        help = f"{help}: {', '.join(limits['choices'])}"
     if default not in (None, "") and type(default) is not bool:
         help += " (default: %(default)s)"
-    limits = {"minimum": minimum, "choices": choices}
     metadata = {"help": help, "metavar": metavar, **limits}
     return dataclasses.field(default=default, metadata=metadata)
 
@@ -245,8 +237,8 @@ class Config:
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self)[1:]:
-            value, low = getattr(self, field.name), field.metadata["minimum"]
-            choices = field.metadata["choices"]
+            value = getattr(self, field.name)
+            low, choices = map(field.metadata.get, ("minimum", "choices"))
             if None not in (value, low) and not value >= low:  # so put, it refuses NaN
                 raise ValueError(f"{flag_of(field)} must be {low} or more, not {value}")
             if choices and value not in choices:
