@@ -499,8 +499,9 @@ def serve_here(server: Server, cleanup: contextlib.ExitStack) -> int:
     """Run a loop with this server in this process; return the exit code."""
     code = 0
     try:
-        with stop_on_signals(server, cleanup), make_runner(server.config) as runner:
+        with stop_on_signals(server, cleanup), contextlib.ExitStack() as running:
             try:
+                runner = running.enter_context(make_runner(server.config))
                 runner.run(server.serve())
             except StartupError as exc:
                 log_startup_error(exc)
@@ -509,9 +510,6 @@ def serve_here(server: Server, cleanup: contextlib.ExitStack) -> int:
             # Closing a loop waits for the app's tasks and threads.
             overdue = leave_within(5.0, code)
         overdue.cancel()
-    except StartupError as exc:
-        logger.error("%s", exc)
-        code = 3
     except KeyboardInterrupt:
         logger.info("stopped before the app was loaded")
     return code
