@@ -147,11 +147,10 @@ def make_parser() -> Parser:
             how["action"] = "store_false" if field.default else "store_true"
         else:
             kind = field.type.split()[0]  # a string: annotations are not evaluated
+            how["action"] = "append" if kind == "Repeated" else "store"
             how["type"] = {"int": int, "float": float}.get(kind, str)
             seconds = "SECONDS" if kind == "float" else None
             how["metavar"] = field.metadata["metavar"] or seconds
-        if field.type == "Repeated":
-            how["action"] = "append"
         flag = flag_of(field)
         parser.add_argument(flag, dest=field.name, default=field.default, **how)
     return parser
@@ -594,8 +593,7 @@ def load_app(config: Config) -> ASGIApp:
             app = app()
         except (Exception, SystemExit) as exc:
             raise StartupError(f"the factory {name} failed: {exc!r}") from exc
-    complaint = not_asgi(app)
-    if complaint:
+    if complaint := not_asgi(app):
         raise StartupError(f"{name} is not an ASGI 3 application: {complaint}")
     return app
 
