@@ -1,7 +1,7 @@
 """Which event loop to run, and why.
 
 Owns: the choice between asyncio's loops, the reason for it, and the refusal of a loop
-    that cannot work here. A loop is handed on as a factory for asyncio.Runner.
+    that cannot work here. It hands on the name of a factory; `make` calls that.
 Must not know: sockets, processes, the command line beyond one word, or what the loop
     will run.
 
@@ -22,7 +22,6 @@ from __future__ import annotations
 import asyncio
 import importlib
 import socket
-from collections.abc import Callable
 from typing import NamedTuple
 
 SELECTOR = "asyncio:SelectorEventLoop"
@@ -70,26 +69,18 @@ def choose(name: str, *, platform: str, shared: bool) -> LoopChoice:
     return LoopChoice(factory, "it was asked for")
 
 
-def load(factory: str) -> Callable[[], asyncio.AbstractEventLoop]:
-    """Import MODULE:FACTORY; both this and the factory raise ValueError, one line."""
+def make(factory: str) -> asyncio.AbstractEventLoop:
+    """Import MODULE:FACTORY, and call it. Raises ValueError, one line."""
     if factory == PROACTOR and hasattr(asyncio, "IocpProactor"):
-        return patient_proactor
+        return patient_proactor()
     module_name, _, attribute = factory.partition(":")
     try:
-        found = getattr(importlib.import_module(module_name), attribute)
-    except Exception as exc:  # foreign code
-        raise ValueError(f'--loop "{factory}" cannot be imported: {exc}') from None
-
-    def make() -> asyncio.AbstractEventLoop:
-        try:
-            loop = found()
-        except Exception as exc:  # foreign code, and perhaps no factory at all
-            raise ValueError(f'--loop "{factory}" failed: {exc!r}') from None
-        if not isinstance(loop, asyncio.AbstractEventLoop):
-            raise ValueError(f'--loop "{factory}" made {loop!r}, not an event loop')
-        return loop
-
-    return make
+        loop = getattr(importlib.import_module(module_name), attribute)()
+    except Exception as exc:  # foreign code, and perhaps no factory at all
+        raise ValueError(f'--loop "{factory}" failed: {exc!r}') from None
+    if not isinstance(loop, asyncio.AbstractEventLoop):
+        raise ValueError(f'--loop "{factory}" made {loop!r}, not an event loop')
+    return loop
 
 
 # Windows' words for "the client has reset it" while it waited in the backlog.

@@ -517,7 +517,8 @@ def serve_here(server: Server, cleanup: contextlib.ExitStack) -> int:
 def make_runner(config: Config) -> asyncio.Runner:
     """A runner with the loop that was asked for. Raises StartupError."""
     try:
-        runner = asyncio.Runner(loop_factory=loops.load(config.loop_choice().factory))
+        make = functools.partial(loops.make, config.loop_choice().factory)
+        runner = asyncio.Runner(loop_factory=make)
         runner.get_loop().set_exception_handler(loop_error)
     except ValueError as exc:
         raise StartupError(str(exc)) from None

@@ -97,13 +97,13 @@ class TestTheTable:
 
 def class_of_loop(factory) -> type:
     """What a factory makes, by its name."""
-    made = loops.load(factory)()
+    made = loops.make(factory)
     made.close()
     return type(made)
 
 
 class TestLoading:
-    """A factory by name: `load` imports it; both say what is wrong in one line."""
+    """A factory by name: `make` imports and calls it, or says in one line what is wrong."""
 
     def test_a_factory_is_imported_by_its_name(self):
         assert class_of_loop(SELECTOR) is asyncio.SelectorEventLoop
@@ -122,7 +122,7 @@ class TestLoading:
     )
     def test_what_cannot_be_loaded_is_refused_in_one_line(self, factory, word):
         with pytest.raises(ValueError) as info:
-            loops.load(factory)()
+            loops.make(factory)
         assert word in str(info.value) and "--loop" in str(info.value)
         assert "\n" not in str(info.value)
 
@@ -130,7 +130,7 @@ class TestLoading:
     def test_this_system_has_no_proactor_to_load(self):
         """Why `choose` refuses it: asyncio has no such name here."""
         with pytest.raises(ValueError, match="ProactorEventLoop"):
-            loops.load(PROACTOR)()
+            loops.make(PROACTOR)
 
 
 def policy():
