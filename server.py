@@ -618,12 +618,11 @@ def import_app(name: str, app_dir: str) -> Any:
     sys.path.append(os.path.join(here, "examples"))
     try:
         module = importlib.import_module(module_name)
-    except ModuleNotFoundError as exc:
-        if exc.name is None or not f"{module_name}.".startswith(exc.name + "."):
-            raise StartupError(f"{module_name} could not be imported: {exc}") from exc
-        why = f'no module "{exc.name}" in {app_dir}; is --app-dir right?'
-        raise StartupError(why) from None
     except (Exception, SystemExit) as exc:  # the app's module is foreign code
+        absent = exc.name if isinstance(exc, ModuleNotFoundError) else None
+        if absent and f"{module_name}.".startswith(f"{absent}."):
+            why = f'no module "{absent}" in {app_dir}; is --app-dir right?'
+            raise StartupError(why) from None
         raise StartupError(f"{module_name} could not be imported: {exc!r}") from exc
     try:
         return functools.reduce(getattr, attribute.split("."), module)
