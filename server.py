@@ -2691,7 +2691,8 @@ TO_CLIENT = ("write", "write_eof", "close", "abort", "pause_reading", "resume_re
 
 def start_trace(server: Server) -> Callable[[], Any]:
     """Trace the app, and every connection that the result makes."""
-    listeners = [table(f"[{os.getpid()}] " if server.lifeline else "")]
+    prefix = f"[{os.getpid()}] " if server.lifeline else ""
+    listeners = [functools.partial(print_row, prefix)]
     numbers = itertools.count(1)
     server.app = traced(server.app)
 
@@ -2716,22 +2717,18 @@ class Row(NamedTuple):
     states: tuple[str, str]  # h11's our_state and their_state after it
 
 
-def table(prefix: str) -> Callable[[Row], None]:
+def print_row(prefix: str, row: Row) -> None:
     """A listener that prints. Only h11's rows show its states: no other changes one."""
-
-    def print_row(row: Row) -> None:
-        label = f"{row.connection}.{row.request}"
-        what = row.what if len(row.what) <= WIDTH else row.what[: WIDTH - 3] + "..."
-        place = f"{label:<6}{row.microseconds:>12,}  {row.layer:<4}  {row.direction}  "
-        line = f"{prefix}{place}{what:<{WIDTH}}  "
-        states = ", ".join(row.states) if row.layer == "h11" else ""
-        if row.first:
-            head = f"{prefix}-- connection {row.connection}, request {row.request} "
-            head = f"{head:-<{len(line) - 2}}  our state, their state\n"
-        # In one piece, because workers share a terminal.
-        sys.stderr.write(f"{head if row.first else ''}{(line + states).rstrip()}\n")
-
-    return print_row
+    label = f"{row.connection}.{row.request}"
+    what = row.what if len(row.what) <= WIDTH else row.what[: WIDTH - 3] + "..."
+    place = f"{label:<6}{row.microseconds:>12,}  {row.layer:<4}  {row.direction}  "
+    line = f"{prefix}{place}{what:<{WIDTH}}  "
+    states = ", ".join(row.states) if row.layer == "h11" else ""
+    if row.first:
+        head = f"{prefix}-- connection {row.connection}, request {row.request} "
+        head = f"{head:-<{len(line) - 2}}  our state, their state\n"
+    # In one piece, because workers share a terminal.
+    sys.stderr.write(f"{head if row.first else ''}{(line + states).rstrip()}\n")
 
 
 class Trace:
