@@ -734,10 +734,10 @@ class Server:
         self.responses: dict[tuple, tuple[h11.Response, int | None]] = {}
 
     async def serve(self, ready: Callable[[], None] = lambda: None) -> None:
-        """The life of the server. Calls `ready` once it accepts. Raises
-        StartupError."""
+        """The server's life. Calls `ready` once it accepts. Raises StartupError."""
         self.loop = asyncio.get_running_loop()
         self.context = contextvars.copy_context()
+        self.lifespan = Lifespan(self)
         if self.lifeline:
             self.lifeline.watch(self.stop_soon)
         self.tls = load_tls(self.config)
@@ -761,21 +761,18 @@ class Server:
             self.app = load_app(self.config)
             if self.stop_signal:  # and the app's import has swallowed it
                 raise KeyboardInterrupt
-            self.lifespan = Lifespan(self, self.config.lifespan)
             await self.lifespan.startup()
         except StartupError as exc:
             if not self.config.reload:
                 raise
             log_startup_error(exc)
             self.app = broken_app(exc)
-            self.lifespan = Lifespan(self, mode="off")
 
     def stop(self, reason: str = "asked by the supervisor") -> None:
         """Ask for a graceful stop. It goes on in `serve`."""
         self.log("%s: stopping", reason)
         self.stopping.set()
-        if self.lifespan:
-            self.lifespan.interrupt()
+        self.lifespan.interrupt()
 
     def retire(self) -> None:
         """--limit-max-requests is reached."""
@@ -958,9 +955,9 @@ def phrase(status: int) -> bytes:
 class Lifespan:
     """ASGI lifespan 2.0: startup before the first request, shutdown after the last."""
 
-    def __init__(self, server: Server, mode: str) -> None:
+    def __init__(self, server: Server) -> None:
         self.server = server
-        self.mode = mode
+        self.mode = server.config.lifespan
         self.task: asyncio.Task | None = None  # None while the app takes no part
         self.messages: asyncio.Queue[Message] = asyncio.Queue()
         self.question = "startup"
