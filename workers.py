@@ -253,13 +253,12 @@ class Supervisor:
         missing = self.count - len(ready) - len(starting)
         if self.waiting_for_change or time.monotonic() < self.not_before:
             return
-        for _ in range(min(missing, at_once - len(starting))):
-            try:
+        try:
+            for _ in range(min(missing, at_once - len(starting))):
                 self.workers.append(Worker(self.target, self.args))
-            except OSError as exc:  # no descriptor, no process, no memory
-                self.deaths += 1
-                self.try_again(f"cannot start a worker: {exc}")
-                return
+        except OSError as exc:  # no descriptor, no process, no memory
+            self.deaths += 1
+            self.try_again(f"cannot start a worker: {exc}")
 
     def those(self, state: State) -> list[Worker]:
         return [worker for worker in self.workers if worker.state is state]
@@ -267,7 +266,7 @@ class Supervisor:
     def listen(self) -> None:
         """Wait for a word, a death, or the next tick."""
         pipes = {w.pipe: w for w in self.workers if w.state is not State.LEAVING}
-        sentinels = {w.process.sentinel: w for w in self.workers}
+        sentinels = [w.process.sentinel for w in self.workers]
         for source in multiprocessing.connection.wait([*pipes, *sentinels], TICK):
             if source in pipes:
                 self.hear(pipes[source])
