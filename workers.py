@@ -58,25 +58,23 @@ class Lifeline:
         """Tell the supervisor "ready", "alive" or "retire"; from the event loop itself,
         because a thread that answers for a blocked loop would hide it. Never waits: a
         supervisor that was stopped with Ctrl-Z reads nothing."""
-        try:
+        # If it has closed the pipe, it wants us to stop, and `watch` knows.
+        with contextlib.suppress(OSError):
             if hasattr(select, "poll"):
                 poll = select.poll()
                 poll.register(self.pipe, select.POLLOUT)
                 if not poll.poll(0):
                     return
             self.pipe.send(word)
-        except OSError:
-            pass  # because it closed the pipe: it wants us to stop, and `watch` knows
 
     def watch(self, stop: Callable[[], None]) -> None:
         """Call `stop`, from another thread, when the supervisor closes the pipe. Should
         the supervisor be dead, leave within a second, whatever the loop is doing."""
 
         def wait() -> None:
-            try:
-                self.pipe.recv()
-            except (EOFError, OSError):
-                stop()
+            with contextlib.suppress(EOFError, OSError):
+                self.pipe.recv()  # it says nothing, until it closes its end
+            stop()
             multiprocessing.parent_process().join()
             time.sleep(0.5)  # for a stop without requests in flight
             os._exit(1)
