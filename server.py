@@ -377,7 +377,7 @@ def check_surroundings(config: Config) -> None:
     if tuple(map(int, h11.__version__.split(".")[:2])) < (0, 16):
         # Older ones let two readers of one chunked body disagree (CVE-2025-43859).
         raise StartupError(f'h11 {h11.__version__} is too old; pip install "h11>=0.16"')
-    load_tls(config)
+    tls_options(config)
     processes = sys.modules.get("multiprocessing")
     if processes and processes.current_process().name == "foal worker":
         # A spawned worker imports the script that started us (uvicorn #949, #1045).
@@ -386,10 +386,10 @@ def check_surroundings(config: Config) -> None:
         raise StartupError("workers import the app: pass its MODULE:ATTRIBUTE")
 
 
-def load_tls(config: Config) -> ssl.SSLContext | None:
-    """What --ssl-certfile asks for. Raises StartupError."""
+def tls_options(config: Config) -> dict[str, Any]:
+    """What --ssl-certfile asks of asyncio, if anything. Raises StartupError."""
     if config.ssl_certfile is None:
-        return None
+        return {}
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     context.set_alpn_protocols(["http/1.1"])
     context.sslobject_class = TLSObject
@@ -400,7 +400,13 @@ def load_tls(config: Config) -> ssl.SSLContext | None:
     except OSError as exc:  # ssl.SSLError is one
         files = " --ssl-keyfile ".join(filter(None, files))
         raise StartupError(f"--ssl-certfile {files}: {exc.strerror or exc}") from None
-    return context
+    return {
+        "ssl": context,
+        "ssl_handshake_timeout": config.timeout_request_head or None,
+        # asyncio counts from close on, however much is unsent, and breaks off then. It
+        # wants a number for never; our ticker sees who still reads.
+        "ssl_shutdown_timeout": 86_400.0,
+    }
 
 
 class TLSObject(ssl.SSLObject):
@@ -685,7 +691,6 @@ def app_traceback(exc: BaseException) -> str:
 # once.
 
 TICK = 0.25  # seconds: how late a deadline may be noticed
-NEVER = 86_400.0  # seconds, where asyncio wants a number
 LONGEST_TURN = 0.001  # seconds that an answer waits for others of the same turn
 RESPONSE_CACHE = 256  # events; whoever has more distinct ones a second gains nothing
 
@@ -707,7 +712,6 @@ class Server:
         self.app: ASGIApp | None = None
         self.loop: asyncio.AbstractEventLoop | None = None
         self.lifespan: Lifespan | None = None
-        self.tls: ssl.SSLContext | None = None
         self.state: dict[str, Any] = {}  # filled by lifespan, copied for each request
         self.proxies = config.trusted_proxies() if config.proxy_headers else []
         self.log_access = config.access_log and access_logger.isEnabledFor(logging.INFO)
@@ -740,11 +744,11 @@ class Server:
         self.lifespan = Lifespan(self)
         if self.lifeline:
             self.lifeline.watch(self.stop_soon)
-        self.tls = load_tls(self.config)
+        tls = tls_options(self.config)  # a mistake is said before the app is loaded
         await self.start_app()
         try:
             if not self.stopping.is_set():
-                await self.start_accepting()
+                await self.start_accepting(tls)
                 ready()
                 await self.stopping.wait()
         finally:  # also when the task that serves is cancelled
@@ -786,23 +790,17 @@ class Server:
         with contextlib.suppress(RuntimeError):  # the loop has just been closed
             self.loop.call_soon_threadsafe(self.stop, *reason)
 
-    async def start_accepting(self) -> None:
+    async def start_accepting(self, tls: dict[str, Any]) -> None:
         self.tick()
         connect = functools.partial(HTTPConnection, self)
         if self.config.trace:
             connect = start_trace(self)
-        options: dict[str, Any] = {}
-        if self.tls is not None:
-            deadline = self.config.timeout_request_head or None
-            options = {"ssl": self.tls, "ssl_handshake_timeout": deadline}
-            # asyncio counts from close on, however much is unsent, and breaks off then.
-            options["ssl_shutdown_timeout"] = NEVER  # our ticker sees who still reads
         for listener in self.listeners:
             # The argument called backlog is also how many connections asyncio accepts
             # a turn (cpython #90871: one more). One: busy workers leave the rest to
             # idle ones; no more descriptors is said once. Then the real backlog again.
             acceptor = await self.loop.create_server(
-                connect, sock=listener, backlog=1, **options
+                connect, sock=listener, backlog=1, **tls
             )
             listener.listen(self.config.backlog)
             self.acceptors.append(acceptor)
