@@ -433,8 +433,8 @@ def open_listeners(
         if config.fd is not None:
             listeners = [sockets.adopt(config.fd, config.backlog)]
         elif config.uds is not None:
-            listener, file = sockets.bind_unix(config.uds, config.backlog)
-            cleanup.callback(file.remove)
+            listener, remove_file = sockets.bind_unix(config.uds, config.backlog)
+            cleanup.callback(remove_file)
             listeners = [listener]
         elif fds:
             listeners = [sockets.adopt(fd, config.backlog) for fd in fds]

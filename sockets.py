@@ -21,11 +21,11 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import os
 import socket
 import stat
-from collections.abc import Mapping
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
 
 PORT_ZERO_TRIES = 16  # a port free for IPv4 may be taken for IPv6; luck ends soon
 
@@ -111,26 +111,11 @@ def listen_on(family: int, address: tuple, backlog: int) -> socket.socket:
     return listener
 
 
-class UnixFile(NamedTuple):
-    """The file of a Unix socket that we made: known by its inode, not by its name."""
+def bind_unix(path: str, backlog: int) -> tuple[socket.socket, Callable[[], None]]:
+    """Listen on a Unix socket, with mode 0666 or that of the stale file it replaces.
 
-    path: str
-    device: int
-    inode: int
-
-    def remove(self) -> None:
-        """Delete the file, unless another is in its place by now (uvicorn #722)."""
-        with contextlib.suppress(FileNotFoundError):
-            now = os.lstat(self.path)
-            if (now.st_dev, now.st_ino) == (self.device, self.inode):
-                os.unlink(self.path)
-
-
-def bind_unix(path: str, backlog: int) -> tuple[socket.socket, UnixFile]:
-    """Listen on a Unix socket, with mode 0666 or the mode of the stale file it
-    replaces.
-
-    A live socket or any other kind of file is never touched: OSError with a sentence.
+    Returns it, and what removes its file. A live socket or any other kind of file
+    is never touched: OSError with a sentence.
     """
     if not hasattr(socket, "AF_UNIX"):
         raise OSError(errno.EAFNOSUPPORT, "no Unix sockets here; use --host and --port")
@@ -153,7 +138,7 @@ def bind_unix(path: str, backlog: int) -> tuple[socket.socket, UnixFile]:
         listener.close()
         why = f"cannot listen on --uds {path}: {exc.strerror or exc}"
         raise OSError(exc.errno, why) from None
-    return listener, UnixFile(path, made.st_dev, made.st_ino)
+    return listener, functools.partial(remove_file, path, made)
 
 
 def somebody_answers(path: str) -> bool:
@@ -162,6 +147,13 @@ def somebody_answers(path: str) -> bool:
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         probe.setblocking(False)  # a full backlog says EAGAIN, and is alive
         return probe.connect_ex(path) not in refusals
+
+
+def remove_file(path: str, made: os.stat_result) -> None:
+    """Delete a file that we made: known by its inode, not its name (uvicorn #722)."""
+    with contextlib.suppress(FileNotFoundError):
+        if os.path.samestat(made, os.lstat(path)):
+            os.unlink(path)
 
 
 def adopt(fd: int, backlog: int) -> socket.socket:

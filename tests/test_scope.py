@@ -97,9 +97,9 @@ class TestScope:
     @pytest.mark.skipif(not hasattr(socket, "AF_UNIX"), reason="no Unix sockets here")
     def test_a_unix_socket_has_a_path_and_no_client(self):
         with tempfile.TemporaryDirectory() as folder:
-            listener, file = sockets.bind_unix(folder + "/socket", 16)
+            listener, remove_file = sockets.bind_unix(folder + "/socket", 16)
             scope = scope_of(GET, listener=listener)
-            file.remove()
+            remove_file()
         assert scope["server"] == (folder + "/socket", None)
         assert scope["client"] is None
 

@@ -363,9 +363,9 @@ class TestUnix:
     @pytest.fixture
     def unix(self, keep):
         def bind(path):
-            listener, file = sockets.bind_unix(path, 5)
+            listener, remove_file = sockets.bind_unix(path, 5)
             keep(listener)
-            return file
+            return remove_file
 
         return bind
 
@@ -435,19 +435,19 @@ class TestUnix:
         assert "no socket" in self.refused(path)
 
     def test_the_file_is_removed_with_us(self, unix, path):
-        file = unix(path)
-        file.remove()
+        remove_file = unix(path)
+        remove_file()
         assert not os.path.lexists(path)
-        file.remove()  # gone already: nothing to say
+        remove_file()  # gone already: nothing to say
 
     def test_a_file_that_somebody_put_in_its_place_is_not_removed(self, unix, path):
         """uvicorn #722: the new server's socket, deleted by the old one's exit."""
-        ours = unix(path)
+        remove_ours = unix(path)
         os.rename(path, path + ".old")  # so that its inode is not used again
-        theirs = unix(path)
-        ours.remove()
+        remove_theirs = unix(path)
+        remove_ours()
         assert connects(path)
-        theirs.remove()
+        remove_theirs()
         assert not os.path.lexists(path)
 
     @pytest.mark.parametrize("length", [120, 300])
