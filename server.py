@@ -829,11 +829,11 @@ class Server:
             logger.info("still running: %d; telling them to end", len(self.tasks))
             for connection in self.connections:
                 connection.hang_up()
-            if not await self.all_ended(half):
-                logger.warning("still running: %d; cancelling them", len(self.tasks))
-                for task in self.tasks:
-                    task.cancel()
-                await self.all_ended(1.0)
+        if not await self.all_ended(half):
+            logger.warning("still running: %d; cancelling them", len(self.tasks))
+            for task in self.tasks:
+                task.cancel()
+            await self.all_ended(1.0)
         for connection in list(self.connections):
             connection.transport.abort()
         if self.ticker:
