@@ -21,6 +21,7 @@ But: Windows can wait for 63 handles at once, so at most 31 workers there.
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import logging
 import multiprocessing.connection
