@@ -691,6 +691,7 @@ def app_traceback(exc: BaseException) -> str:
 # once.
 
 TICK = 0.25  # seconds: how late a deadline may be noticed
+ACCEPTED_AT_ONCE = 32  # some 3 ms; then others have their turn
 LONGEST_TURN = 0.001  # seconds that an answer waits for others of the same turn
 RESPONSE_CACHE = 256  # events; whoever has more distinct ones a second gains nothing
 
@@ -718,7 +719,8 @@ class Server:
         self.context = contextvars.Context()  # what every request starts from
 
         # What lives now: the loop holds tasks weakly (uvicorn #972), so we hold them.
-        self.acceptors: list[asyncio.Server] = []
+        self.acceptors: list[asyncio.Server] = []  # of a proactor
+        self.greetings: set[asyncio.Task] = set()
         self.connections: set[HTTPConnection] = set()
         self.unwritten: list[HTTPConnection] = []  # with bytes of this turn of the loop
         self.flush_at = 0.0
@@ -792,33 +794,63 @@ class Server:
 
     async def start_accepting(self, tls: dict[str, Any]) -> None:
         self.tick()
-        connect = functools.partial(HTTPConnection, self)
+        make = functools.partial(HTTPConnection, self)
         if self.config.trace:
-            connect = start_trace(self)
+            make = start_trace(self)
+        self.connect = functools.partial(self.loop.connect_accepted_socket, make, **tls)
         for listener in self.listeners:
-            # The argument called backlog is also how many connections asyncio accepts
-            # a turn (cpython #90871: one more). One: busy workers leave the rest to
-            # idle ones; no more descriptors is said once. Then the real backlog again.
-            acceptor = await self.loop.create_server(
-                connect, sock=listener, backlog=1, **tls
-            )
-            listener.listen(self.config.backlog)
-            self.acceptors.append(acceptor)
+            listener.setblocking(False)
+            try:
+                self.watch(listener)
+            except NotImplementedError:  # a proactor accepts by itself, one a turn
+                acceptor = await self.loop.create_server(
+                    make, sock=listener, backlog=self.config.backlog, **tls
+                )
+                self.acceptors.append(acceptor)
         if self.lifeline:
             self.lifeline.say("ready")  # walk: worker 3
         else:
             announce(self.config, self.listeners)
 
+    def watch(self, listener: socket.socket) -> None:
+        if not self.stopping.is_set():
+            self.loop.add_reader(listener, self.accept, listener)
+
+    def accept(self, listener: socket.socket) -> None:
+        """Take in new connections. Not create_server, which takes either one a turn or
+        2,048 of them: here a worker takes one, so that a busy one leaves the others to
+        an idle one; but whoever is alone takes all, or they would wait for as many
+        turns as there are of them."""
+        alone = self.config.workers == 1
+        try:
+            for _ in range(ACCEPTED_AT_ONCE if alone else 1):
+                sock, _ = listener.accept()
+                task = self.loop.create_task(self.greet(sock))
+                self.greetings.add(task)
+                task.add_done_callback(self.greetings.discard)
+        except (BlockingIOError, ConnectionError):
+            pass  # there is no more; or one has left again
+        except OSError as exc:  # existing connections go on
+            logger.error("cannot accept connections: %s; raise ulimit -n?", exc)
+            self.loop.remove_reader(listener)
+            self.loop.call_later(1.0, self.watch, listener)
+
+    async def greet(self, sock: socket.socket) -> None:
+        with contextlib.suppress(OSError):  # a handshake that failed: TLSObject tells
+            await self.connect(sock)
+
     async def stop_accepting(self) -> None:
         # First no new ones; then those accepted in this turn become our connections,
-        # because asyncio drops them if it finds its server closed; then close.
+        # because a proactor drops them if it finds its server closed; then close.
         for listener in self.listeners:
-            with contextlib.suppress(NotImplementedError, RuntimeError):  # a proactor
+            with contextlib.suppress(NotImplementedError):
                 self.loop.remove_reader(listener)
         for _ in range(3):
             await asyncio.sleep(0)
         for acceptor in self.acceptors:
             acceptor.close()  # and not wait_closed: see all_ended (cpython #104344)
+        for listener in self.listeners:
+            listener.close()
 
     async def finish_requests(self) -> None:
         """Wait for requests in flight, ever less patiently, for the grace in all."""
@@ -924,12 +956,9 @@ class Server:
 
 
 def loop_error(loop: asyncio.AbstractEventLoop, context: dict) -> None:
-    """What asyncio has nobody to tell: most of all, that accept() failed."""
+    """What asyncio has nobody to tell."""
     error = context.get("exception")
-    if "socket" in context and "accept" in context["message"]:
-        # asyncio tries again after a second; existing connections go on.
-        logger.error("cannot accept connections: %s; raise ulimit -n?", error)
-    elif getattr(error, "winerror", None) in loops.RESET_IN_BACKLOG:
+    if getattr(error, "winerror", None) in loops.RESET_IN_BACKLOG:
         logger.debug("a client left before it was accepted: %s", error)
     elif isinstance(error, Exception):
         logger.error("%s: %s", context["message"], app_traceback(error))

@@ -25,7 +25,10 @@ def ask_to_stop(running):
 
 
 def no_longer_accepts(running):
-    until(running, lambda: not any(a.is_serving() for a in running.server.acceptors))
+    """It was told to stop, and has had the turns that this takes."""
+    until(running, running.server.stopping.is_set)
+    for _ in range(10):
+        running.call(lambda: None)
 
 
 class Gated:

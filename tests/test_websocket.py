@@ -18,6 +18,7 @@ import pytest
 from conftest import GET, PATIENCE, Client, Process
 from test_cycle import END, START, fields_of, serve, until
 from test_frames import BINARY, CLOSE, CONTINUATION, PING, PONG, TEXT, frame, header
+from test_stopping import no_longer_accepts
 
 import server
 
@@ -1313,8 +1314,7 @@ class TestShutdown:
     def test_one_that_is_accepted_late_is_told_at_once(self):
         with connecting(**LONG) as session:
             ask_to_stop(session.running)
-            acceptors = session.running.server.acceptors
-            until(session.running, lambda: not any(a.is_serving() for a in acceptors))
+            no_longer_accepts(session.running)
             with contextlib.suppress(server.ClientDisconnected):
                 session.send(ACCEPT)
             session.client.read_until(b"\r\n\r\n")
