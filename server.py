@@ -1078,6 +1078,7 @@ FIELD_LIMIT = 100  # Apache takes 100
 CHUNK_LINE_LIMIT = 1024  # a size and its extensions, which nobody sends
 CHUNKS_AT_ONCE = 200  # some 3 ms; then others have their turn
 HIGH_WATER = 64 * 1024  # unread body that we hold before we stop reading; asyncio's own
+KERNEL_UNSENT = 128 * 1024  # bytes that the kernel holds beyond those on their way
 STREAM_FLUSH = 64 * 1024  # from here on chunks are written at once; others have a turn
 LINGER = 5.0  # seconds without a byte, after the last answer, until we stop reading
 LINGER_TOTAL = 30.0  # seconds until we stop in any case; both are nginx's
@@ -1149,6 +1150,9 @@ class HTTPConnection(asyncio.Protocol):
             with contextlib.suppress(OSError):  # it may have left already
                 sock = transport.get_extra_info("socket")
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                if low_water := getattr(socket, "TCP_NOTSENT_LOWAT", 0):
+                    # Else the kernel takes 2.5 MB from us for who reads no faster.
+                    sock.setsockopt(socket.IPPROTO_TCP, low_water, KERNEL_UNSENT)
         self.scope = {  # walk: 2
             "type": "http",
             "asgi": {"version": "3.0", "spec_version": "2.5"},

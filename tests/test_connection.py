@@ -368,6 +368,30 @@ class TestFlowControl:
             assert len(c.response()[2]) == 200 * BIG
         assert max(most) < 4 * BIG
 
+    @pytest.mark.skipif(
+        not hasattr(socket, "TCP_NOTSENT_LOWAT"), reason="this system has no such bound"
+    )
+    def test_the_kernel_holds_little_for_a_client_that_does_not_read(self):
+        """What if a thousand do? Linux would take 2.5 MB for each, and a second for all."""
+        taken, full = [], threading.Event()
+
+        async def app(scope, receive, send):
+            assert scope["type"] == "http"
+            (connection,) = s.server.connections
+            await send({"type": "http.response.start", "status": 200})
+            part = {"type": "http.response.body", "body": bytes(16 * 1024)}
+            while connection.writable.is_set():
+                await send({**part, "more_body": True})
+                taken.append(16 * 1024)
+            full.set()
+
+        with serving(app) as s, socket.socket() as client:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            client.connect(s.address)
+            client.sendall(GET)
+            assert full.wait(PATIENCE)
+        assert sum(taken) < 1024 * 1024
+
     def test_a_request_waits_until_the_answer_before_it_is_read(self):
         seen = []
 

@@ -979,9 +979,11 @@ class TestClosingHandshake:
             assert session.receive() == gone(1000)
         with opened() as session:
             session.send({**SEND, "bytes": bytes(2**20)})
-            session.send(SAY_CLOSE)
+            closing = threading.Thread(target=session.send, args=(SAY_CLOSE,))
+            closing.start()  # it waits until the client reads
             assert session.client.frame() == (0x82, bytes(2**20))
             assert session.client.closing() == (1000, b"")
+            closing.join(PATIENCE)
 
     def test_what_comes_after_it_is_ignored(self):
         """§5.5.1: after a Close "a client MUST NOT send any more data frames"."""
