@@ -270,11 +270,12 @@ class Supervisor:
             if source in pipes:
                 self.hear(pipes[source])
 
-    def hear(self, worker: Worker) -> None:
+    def hear(self, worker: Worker) -> bool:
+        """Take in a word; False if there is none left."""
         try:
             word = worker.pipe.recv()
         except (EOFError, OSError):
-            return  # it is dying: `reap_the_dead` will see it
+            return False  # it is dying: `reap_the_dead` will see it
         worker.heard = time.monotonic()
         worker.reported = False
         if word == "ready":
@@ -285,6 +286,7 @@ class Supervisor:
         elif word == "retire" and worker.state is State.READY:
             worker.state = State.OUTDATED
             logger.info("%s has served its share: replacing it", worker)
+        return True
 
     def reap_the_dead(self) -> None:
         for worker in list(self.workers):
@@ -293,6 +295,10 @@ class Supervisor:
 
     def reap(self, worker: Worker) -> None:
         """Say why it is dead and for how long it ran, and decide what that means."""
+        if worker.state is State.STARTING:  # it may have said "ready" since we listened
+            while multiprocessing.connection.wait([worker.pipe], 0):
+                if not self.hear(worker):
+                    break
         self.workers.remove(worker)  # walk: worker 8
         worker.pipe.close()
         code = worker.process.exitcode

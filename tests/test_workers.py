@@ -294,6 +294,14 @@ class TestDeaths:
         expected = ["now", "in 1 s", "in 2 s", "in 4 s", "in 8 s", "in 16 s"]
         assert delays == [*expected, "in 30 s", "in 30 s"]
 
+    def test_its_last_word_is_heard(self, supervise):
+        """What if it says "ready", and dies before the next look at its pipe?"""
+        s = supervise(die_after_ready)
+        s.replace_and_spawn()
+        s.workers[0].process.join(PATIENCE)
+        s.reap_the_dead()
+        assert (s.exit_code, s.deaths) == (None, 1)
+
     def test_the_delay_is_kept(self, supervise, monkeypatch):
         monkeypatch.setattr(workers, "LONGEST_DELAY", 0.3)
         s = supervise(die_after_ready)

@@ -57,6 +57,7 @@ def die_before_ready(pipe) -> None:
 
 
 def die_after_ready(pipe) -> None:
+    pipe.send("alive")
     pipe.send("ready")
     pipe.close()
     os._exit(9)
