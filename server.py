@@ -2781,10 +2781,10 @@ class Trace:
         what = re.sub(r"[^ -~]", lambda found: ascii(found[0])[1:-1], what)
         what = what if len(what) <= LONGEST else what[: LONGEST - 3] + "..."
         states = (str(self.conn.our_state), str(self.conn.their_state))
-        place = (self.number, request, first, micros, layer, direction)
+        row = Row(self.number, request, first, micros, layer, direction, what, states)
         for listener in list(self.listeners):
             try:
-                listener(Row(*place, what, states))
+                listener(row)
             except Exception as exc:  # foreign code: nobody is served worse for it
                 logger.error("no more rows for %r: %r", listener, exc)
                 self.listeners[:] = [x for x in self.listeners if x is not listener]
