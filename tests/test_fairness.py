@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import itertools
+import os
 import signal
+import socket
 
 import pytest
-from conftest import GET, Process, serving
+from conftest import GET, PATIENCE, Process, serving
 from test_frames import CONTINUATION, PING, PONG, TEXT, frame
 from test_websocket import handshake
 
@@ -60,6 +64,32 @@ def test_a_stream_that_never_has_to_wait_lets_others_run(method):
         request = GET.replace(b"GET", method)
         assert running.talk(request).count(b"\0") in (0, 640 * 1024)
     assert turns[0] >= 10
+
+
+async def answer_nothing(scope, receive, send):
+    raise NotImplementedError
+
+
+@pytest.mark.skipif(os.name == "nt", reason="a proactor accepts one a turn by itself")
+@pytest.mark.parametrize(("workers", "most"), [(1, 10), (2, 1)])
+def test_one_worker_of_several_takes_one_connection_a_turn(workers, most):
+    """What if ten arrive at once? A busy worker leaves them to an idle one; but whoever is
+    alone takes them, or the last would wait for ten turns."""
+
+    async def turns_of_a_crowd():
+        with contextlib.ExitStack() as stack:
+            for _ in range(10):  # while the loop does nothing else
+                stack.enter_context(socket.create_connection(running.address))
+            counts = [0]
+            while counts[-1] < 10:
+                await asyncio.sleep(0)
+                counts.append(len(running.server.connections))
+        return max(after - before for before, after in itertools.pairwise(counts))
+
+    with serving(answer_nothing, workers=workers) as running:
+        loop = running.server.loop
+        found = asyncio.run_coroutine_threadsafe(turns_of_a_crowd(), loop)
+        assert found.result(PATIENCE) == most
 
 
 def test_a_read_full_of_chunks_is_taken_in_by_and_by(monkeypatch):
