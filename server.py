@@ -1142,6 +1142,10 @@ class HTTPConnection(asyncio.Protocol):
         own = transport.get_extra_info("sockname")
         peer = transport.get_extra_info("peername")
         tcp = isinstance(own, tuple)
+        if not own or (tcp and not peer):
+            # It was reset while it waited for accept. Whose request it was, nobody can
+            # say any more: we do not take it for one that we trust.
+            transport.abort()
         client = tuple(peer[:2]) if tcp and peer else None  # a Unix socket's has none
         self.peer = "%s:%d" % client if client else "unix"
         if tcp:

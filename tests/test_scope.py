@@ -6,6 +6,7 @@ import contextvars
 import queue
 import socket
 import tempfile
+import threading
 
 import pytest
 from conftest import GET, PATIENCE
@@ -182,6 +183,31 @@ class TestProxyHeaders:
         scope = scope_of(request, proxy_headers=True, forwarded_allow_ips=trusted)
         assert scope["client"][0] == client
         assert type(scope["client"]) is tuple and type(scope["client"][1]) is int
+
+    def test_a_peer_that_has_left_is_not_taken_for_a_proxy(self):
+        """Once a connection is reset, the kernel tells no longer whose it was."""
+        clients, blocked, go_on = [], threading.Event(), threading.Event()
+
+        async def app(scope, receive, send):
+            assert scope["type"] == "http"
+            clients.append(scope["client"])
+            await send(START)
+            await send(END)
+
+        def block():
+            blocked.set()
+            assert go_on.wait(PATIENCE)
+
+        proxies = {"proxy_headers": True, "forwarded_allow_ips": "10.0.0.0/8"}
+        with serve(app, **proxies) as s:
+            s.server.loop.call_soon_threadsafe(block)
+            assert blocked.wait(PATIENCE)
+            with s.connect() as client:
+                client.send(get(b"/", FOR + b"9.9.9.9"))
+                client.reset()
+            go_on.set()
+            assert s.talk(GET).startswith(b"HTTP/1.1 200 ")
+        assert {host for host, _ in clients} == {"127.0.0.1"}
 
     @pytest.mark.parametrize("proto, scheme", [(b"https", "https"), (b"ftp", "http")])
     def test_a_trusted_peer_names_the_scheme(self, proto, scheme):
