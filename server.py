@@ -346,11 +346,14 @@ class LogHandler(logging.StreamHandler):
         self.lines: list[str] = []
 
     def emit(self, record: logging.LogRecord) -> None:
-        self.lines.append(self.format(record) + self.terminator)
-        if record.name != access_logger.name or len(self.lines) == self.together:
-            self.flush()
-        elif len(self.lines) == 1:
-            asyncio.get_running_loop().call_soon(self.flush)
+        try:
+            self.lines.append(self.format(record) + self.terminator)
+            if record.name != access_logger.name or len(self.lines) == self.together:
+                self.flush()
+            elif len(self.lines) == 1:
+                asyncio.get_running_loop().call_soon(self.flush)
+        except Exception:  # in a repr of the app's, or standard error is closed
+            self.handleError(record)
 
     def flush(self) -> None:
         with self.lock, contextlib.suppress(Exception):  # nobody is left to be told

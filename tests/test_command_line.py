@@ -591,6 +591,36 @@ class TestLogLines:
         handler.handle(self.record("server", "no loop runs here"))
         assert stream.pieces == ["no loop runs here\n"]
 
+    def test_a_line_that_cannot_be_made_is_no_error_of_who_logs(self, monkeypatch):
+        """A repr of the app's may fail; the request that it is about goes on."""
+        handler, stream = self.handler(monkeypatch)
+
+        class Shy:
+            def __repr__(self):
+                raise ValueError("no")
+
+        args = ("server", logging.INFO, "", 0, "ended with %r", (Shy(),), None)
+        handler.handle(logging.LogRecord(*args))
+        handler.handle(self.record("server", "next"))
+        assert "ValueError: no" in "".join(stream.pieces)  # as logging has it
+        assert stream.pieces[-1] == "next\n"
+
+    @POSIX_ONLY
+    def test_a_server_without_standard_error_answers_what_is_wrong(self):
+        """Its warnings and errors would have colours, on a terminal."""
+        [listener] = sockets.bind_tcp("127.0.0.1", 0, 5)
+        fd = str(listener.fileno())
+        command = [sys.executable, str(SERVER), "example:app", "--fd", fd]
+        command = ["sh", "-c", 'exec "$@" 2>&-', "sh", *command]
+        popen = {"pass_fds": [int(fd)], "env": environment()}
+        with listener, subprocess.Popen(command, **popen) as process:
+            try:
+                with Client(listener.getsockname()) as client:
+                    client.send(b"GET /\r\n\r\n")
+                    assert client.response()[0] == 400
+            finally:
+                process.kill()
+
     @POSIX_ONLY
     def test_a_server_whose_log_nobody_reads_serves(self):
         """What it says goes into a pipe whose reader has left."""
