@@ -23,6 +23,8 @@ import subprocess
 import sys
 import tempfile
 import threading
+import tracemalloc  # noqa: F401  pytest imports it in a collection of garbage: too late
+import warnings
 import zlib
 from pathlib import Path
 
@@ -45,9 +47,11 @@ def pytest_configure(config):
     os.environ.pop("CI", None)
     if os.name == "nt":
         # asyncio leaves the socket of an accept that fails to the garbage collector
-        # (cpython #93821): its ResourceWarning is not ours to mend.
+        # (cpython #93821): its ResourceWarning is not ours to mend, be it seen in a test
+        # or after the last one, where pytest 9.2 looks once more.
         ignore = "ignore::pytest.PytestUnraisableExceptionWarning"
         config.addinivalue_line("filterwarnings", ignore)
+        warnings.simplefilter("ignore", pytest.PytestUnraisableExceptionWarning)
 
 
 def brief(value):
