@@ -447,6 +447,9 @@ def open_listeners(
         raise StartupError(exc.strerror or str(exc)) from None
     for listener in listeners:
         cleanup.callback(listener.close)
+        # On Windows, to pickle one for a worker sets this mode for all of them, and one
+        # that serves already must not begin to wait in its accept.
+        listener.setblocking(False)
     return listeners
 
 

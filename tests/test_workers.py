@@ -793,6 +793,20 @@ class TestSharing:
             with start(*options, count=0, **how) as p:
                 assert get(p.port(), "/nodelay") == "1"
 
+    def test_who_accepts_never_waits_because_another_starts(self):
+        """To pickle a listener on Windows is to dup() it: with its mode, for all."""
+        with contextlib.ExitStack() as cleanup:
+            [ours] = server.open_listeners(server.Config("x:y", port=0), cleanup)
+            theirs = cleanup.enter_context(ours.dup())
+            theirs.setblocking(False)
+            ours.dup().close()
+            rescue = threading.Timer(PATIENCE, Client, [theirs.getsockname()])
+            rescue.start()
+            with pytest.raises(BlockingIOError):
+                theirs.accept()
+            rescue.cancel()
+            rescue.join()
+
     @POSIX_ONLY
     def test_a_worker_does_not_pass_the_listener_to_its_subprocesses(self, start):
         """behaviour.md §2. What was passed to a spawned process is inheritable there."""
