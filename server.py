@@ -1431,9 +1431,11 @@ class HTTPConnection(asyncio.Protocol):
         self.lingering = True
         self.deadline = 0.0
         self.linger_end = self.loop.time() + LINGER_TOTAL
+        if self.transport.is_closing():
+            return  # asyncio's TLS does not bear a second close: it forgets its socket
         if self.gate.eof or self.server.stopping.is_set():
             self.transport.close()
-        elif not self.transport.is_closing():
+        else:
             try:
                 self.transport.write_eof()  # walk: 12
                 self.transport.resume_reading()

@@ -724,6 +724,16 @@ class TestStopping:
             assert client.read_all() == b""
         assert errors(log) == []
 
+    def test_who_has_had_its_last_answer_does_not_hold_it_up(self, log):
+        """It was told once that this is the end, and has not answered."""
+        with serve(saying(START, body(b"ok"))) as running, secure(running) as client:
+            client.send(CLOSE)
+            client.read_until(b"ok")
+            until(running, lambda: all(c.lingering for c in running.server.connections))
+            running.stop()
+        assert errors(log) == []
+        assert not any("still running" in record.getMessage() for record in log.records)
+
     @pytest.mark.skipif(os.name == "nt", reason="the proactor leaves it to the gc")
     def test_a_handshake_that_is_not_finished_does_not_hold_it_up(self, log):
         with serve(echo) as running, running.connect() as client:
