@@ -857,6 +857,11 @@ class Server:
             acceptor.close()  # and not wait_closed: see all_ended (cpython #104344)
         for listener in self.listeners:
             listener.close()
+        # A handshake of TLS may become a request, for which there is a second as well.
+        # Then nobody comes in any more: the app is about to be shut down.
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(FIRST_REQUEST):
+                await asyncio.gather(*self.greetings, return_exceptions=True)
 
     async def finish_requests(self) -> None:
         """Wait for requests in flight, ever less patiently, for the grace in all."""

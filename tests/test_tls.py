@@ -734,6 +734,42 @@ class TestStopping:
         assert errors(log) == []
         assert not any("still running" in record.getMessage() for record in log.records)
 
+    @pytest.mark.skipif(os.name == "nt", reason="a proactor accepts by itself")
+    def test_a_handshake_that_goes_on_becomes_a_request(self, monkeypatch):
+        """A worker that is replaced, for one, must lose none of them."""
+        monkeypatch.setattr(server, "FIRST_REQUEST", PATIENCE)
+        with serve(echo, timeout_graceful_shutdown=PATIENCE) as running:
+            with running.connect() as client:
+                until(running, lambda: running.server.greetings)
+                running.call(running.server.stop, "test")
+                client.sock = trusting().wrap_socket(
+                    client.sock, server_hostname="localhost"
+                )
+                client.send(GET)
+                status, fields, _ = client.response()
+                assert (status, fields["connection"]) == (200, "close")
+
+    @pytest.mark.skipif(os.name == "nt", reason="a proactor accepts by itself")
+    def test_a_handshake_ends_no_later_than_the_server(self, monkeypatch):
+        """Else an app in a loop of its own is called after its shutdown."""
+        monkeypatch.setattr(server, "FIRST_REQUEST", SHORT)
+        [listener] = sockets.bind_tcp("127.0.0.1", 0, 5)
+        config = server.Config(echo, lifespan="off", ssl_certfile=CERTIFICATE)
+        it = server.Server(config, [listener])
+
+        async def serve_and_go_on():
+            task = asyncio.create_task(it.serve())
+            while not it.greetings:
+                await asyncio.sleep(0.01)
+            greetings = list(it.greetings)
+            it.stop("test")
+            await task
+            assert all(greeting.done() for greeting in greetings)
+
+        with Client(listener.getsockname()) as client:
+            client.send(client_hello())
+            asyncio.run(serve_and_go_on())
+
     @pytest.mark.skipif(os.name == "nt", reason="the proactor leaves it to the gc")
     def test_a_handshake_that_is_not_finished_does_not_hold_it_up(self, log):
         with serve(echo) as running, running.connect() as client:
