@@ -837,6 +837,8 @@ class Server:
         except (BlockingIOError, ConnectionError):
             pass  # there is no more; or one has left again
         except OSError as exc:  # existing connections go on
+            if getattr(exc, "winerror", None) in loops.RESET_IN_BACKLOG:
+                return
             logger.error("cannot accept connections: %s; raise ulimit -n?", exc)
             self.loop.remove_reader(listener)
             self.loop.call_later(1.0, self.watch, listener)
