@@ -823,10 +823,10 @@ class Server:
             self.loop.add_reader(listener, self.accept, listener)
 
     def accept(self, listener: socket.socket) -> None:
-        """Take in new connections. Not create_server, which takes either one a turn or
-        2,048 of them: here a worker takes one, so that a busy one leaves the others to
-        an idle one; but whoever is alone takes all, or they would wait for as many
-        turns as there are of them."""
+        """Take in new connections. Not create_server: it knows one number for that and
+        for the backlog. Of several workers each takes one a turn, so that a busy one
+        leaves the others to an idle one; but whoever is alone takes many, or the last
+        of a crowd would wait for as many turns as it has heads."""
         alone = self.config.workers == 1
         try:
             for _ in range(ACCEPTED_AT_ONCE if alone else 1):
