@@ -339,16 +339,21 @@ class LogHandler(logging.StreamHandler):
     """Lines on standard error. Those about requests leave with their answers, at the
     end of this turn of the loop, in one system call: 9 µs a line."""
 
-    together = 32  # at most: a pipe takes 4 KiB in one piece, and workers share it
+    together = 4096  # bytes at most: a pipe takes so many in one piece (pipe(7))
 
     def __init__(self) -> None:
         super().__init__()
         self.lines: list[str] = []
+        self.size = 0
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
-            self.lines.append(self.format(record) + self.terminator)
-            if record.name != access_logger.name or len(self.lines) == self.together:
+            line = self.format(record) + self.terminator
+            if self.size + len(line) > self.together:  # workers share the pipe
+                self.flush()
+            self.lines.append(line)
+            self.size += len(line)
+            if record.name != access_logger.name:
                 self.flush()
             elif len(self.lines) == 1:
                 asyncio.get_running_loop().call_soon(self.flush)
@@ -357,7 +362,7 @@ class LogHandler(logging.StreamHandler):
 
     def flush(self) -> None:
         with self.lock, contextlib.suppress(Exception):  # nobody is left to be told
-            lines, self.lines = self.lines, []
+            lines, self.lines, self.size = self.lines, [], 0
             self.stream.write("".join(lines))
             self.stream.flush()
 

@@ -574,16 +574,18 @@ class TestLogLines:
 
         asyncio.run(two_turns())
 
-    def test_a_pipe_takes_them_in_one_piece(self, monkeypatch):
+    @pytest.mark.parametrize("length", [100, 300])
+    def test_a_pipe_takes_them_in_one_piece(self, monkeypatch, length):
         """Else those of two workers would mix: 4 KiB (pipe(7), PIPE_BUF)."""
         handler, stream = self.handler(monkeypatch)
 
         async def one_turn():
             for _ in range(100):
-                handler.handle(self.record("server.access", "x" * 100))
+                handler.handle(self.record("server.access", "x" * length))
+            handler.handle(self.record("server", "the end"))
 
         asyncio.run(one_turn())
-        assert "".join(stream.pieces) == ("x" * 100 + "\n") * 100
+        assert "".join(stream.pieces) == ("x" * length + "\n") * 100 + "the end\n"
         assert max(map(len, stream.pieces)) <= 4096
 
     def test_any_other_line_leaves_at_once(self, monkeypatch):
