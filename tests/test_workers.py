@@ -1114,7 +1114,7 @@ class TestTheDeathOfTheParent:
             clients = in_each(p, port, pids, what) if what else []
             p.process.kill()
             nobody_is_left(p)
-            assert refuses(("127.0.0.1", port))
+            until(lambda: refuses(("127.0.0.1", port)))  # closed after the output
             for client in clients:
                 client.sock.close()
 
