@@ -703,6 +703,7 @@ def app_traceback(exc: BaseException) -> str:
 
 TICK = 0.25  # seconds: how late a deadline may be noticed
 ACCEPTED_AT_ONCE = 32  # some 3 ms; then others have their turn
+MOST_CONNECTIONS = 480 if sys.platform == "win32" else math.inf  # of select()'s 512
 LONGEST_TURN = 0.001  # seconds that an answer waits for others of the same turn
 RESPONSE_CACHE = 256  # events; whoever has more distinct ones a second gains nothing
 
@@ -835,6 +836,8 @@ class Server:
         alone = self.config.workers == 1
         try:
             for _ in range(ACCEPTED_AT_ONCE if alone else 1):
+                if len(self.connections) + len(self.greetings) >= MOST_CONNECTIONS:
+                    raise OSError("select() takes no more sockets on Windows")
                 sock, _ = listener.accept()
                 task = self.loop.create_task(self.greet(sock))
                 self.greetings.add(task)

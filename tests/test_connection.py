@@ -17,6 +17,7 @@ import time
 import pytest
 from conftest import GET, PATIENCE, Process, serving
 
+import server
 import sockets
 
 BIG = 64 * 1024
@@ -530,6 +531,23 @@ class TestDescriptors:
             assert p.exit_code() == 0
         assert p.output.count("cannot accept") <= seconds + 1
         assert "Traceback" not in p.output
+
+
+    def test_so_do_those_that_select_has_no_place_for(self, monkeypatch, log):
+        """On Windows it takes 512; the 513th would end the loop and the server."""
+        monkeypatch.setattr(server, "MOST_CONNECTIONS", 2)
+        with serving(echo, loop="selector") as s:
+            with s.connect() as first, s.connect() as second:
+                for client in (first, second, first):
+                    client.send(GET)
+                    assert client.response()[0] == 200
+                third = s.connect()
+                until(s, lambda: "cannot accept connections: select()" in log.text)
+                first.send(GET)
+                assert first.response()[0] == 200
+            with third:
+                third.send(GET)
+                assert third.response()[0] == 200
 
 
 class TestNoLeak:
