@@ -38,6 +38,7 @@ import dataclasses
 import difflib
 import email.utils
 import enum
+import errno
 import functools
 import hashlib
 import http
@@ -387,7 +388,7 @@ def check_surroundings(config: Config) -> None:
         raise StartupError(f'h11 {h11.__version__} is too old; pip install "h11>=0.16"')
     tls_options(config)
     processes = sys.modules.get("multiprocessing")
-    if processes and processes.current_process().name == "foal worker":
+    if processes and processes.current_process().name == "foal worker":  # workers.NAME
         # A spawned worker imports the script that started us (uvicorn #949, #1045).
         raise StartupError('put server.run(…) below: if __name__ == "__main__":')
     if config.shared and not isinstance(config.app, str):
@@ -464,6 +465,8 @@ def supervise(
     """Be the parent: workers serve, the watcher says when to replace them."""
     import workers
 
+    if not hasattr(workers, "Supervisor"):  # with -m, the current folder comes first
+        raise StartupError(f"{workers.__file__} has a name of foal's; rename it")
     watcher = None
     if config.reload:
         folders = config.reload_dir or [config.app_dir]
@@ -847,7 +850,8 @@ class Server:
         except OSError as exc:  # existing connections go on
             if getattr(exc, "winerror", None) in loops.RESET_IN_BACKLOG:
                 return
-            logger.error("cannot accept connections: %s; raise ulimit -n?", exc)
+            hint = "; raise ulimit -n?" if exc.errno == errno.EMFILE else ""
+            logger.error("cannot accept connections: %s%s", exc, hint)
             self.loop.remove_reader(listener)
             self.loop.call_later(1.0, self.watch, listener)
 
@@ -1967,7 +1971,7 @@ class RequestResponseCycle:
                 if self.since_turn >= STREAM_FLUSH:
                     self.since_turn = 0
                     await asyncio.sleep(0)  # a stream that never waits: others, too
-            case "http.response.pathsend" if self.state is EXPECTING_BODY:
+            case "http.response.pathsend" if self.takes_file():
                 await self.send_path(message["path"])
             case "http.response.trailers" if self.owes_trailers():
                 self.send_trailers(message)
@@ -2035,6 +2039,10 @@ class RequestResponseCycle:
 
     def owes_trailers(self) -> bool:
         return self.state is EXPECTING_TRAILERS
+
+    def takes_file(self) -> bool:
+        offered = "http.response.pathsend" in self.extensions
+        return offered and self.state is EXPECTING_BODY
 
     def takes_early_hint(self) -> bool:
         unsaid = self.connection.conn.our_state is h11.SEND_RESPONSE

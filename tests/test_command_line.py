@@ -429,6 +429,15 @@ class TestFindingTheApp:
         (tmp_path / "example.py").write_text(MAIN.replace("__name__", "'mine'"))
         assert body_of("example:app", cwd=tmp_path) == b"mine"
 
+    def test_a_workers_py_in_place_of_ours_is_named(self, folder, tmp_path):
+        """`python -m` looks into the current folder first."""
+        (tmp_path / "workers.py").write_text("")
+        options = ("--app-dir", folder, "--port", 0, "--workers", 2)
+        start, path = ("-m", "server"), str(ROOT)
+        outcome = foal("main:app", *options, start=start, cwd=tmp_path, PYTHONPATH=path)
+        assert (outcome.code, len(outcome.errors)) == (3, 1), outcome.output
+        assert "workers.py has a name of foal's; rename it" in outcome.errors[0]
+
     def test_one_process_does_without_multiprocessing(self, tmp_path):
         """It takes 10 ms and 1 MiB; and an app's own workers.py stays the app's."""
         loaded = "repr([n for n in ('workers', 'multiprocessing') if n in sys.modules])"
@@ -632,11 +641,13 @@ class TestLogLines:
         popen = {"stderr": subprocess.PIPE, "pass_fds": [int(fd)], "env": environment()}
         with listener, subprocess.Popen(command, **popen) as process:
             process.stderr.close()
-            with Client(listener.getsockname()) as client:
-                for _ in range(2):
-                    client.send(GET)
-                    assert client.response()[0] == 200
-            process.kill()
+            try:
+                with Client(listener.getsockname()) as client:
+                    for _ in range(2):
+                        client.send(GET)
+                        assert client.response()[0] == 200
+            finally:
+                process.kill()
 
 
 @POSIX_ONLY

@@ -580,6 +580,13 @@ class TestPathSend:
             assert client.response()[2] == content
             assert client.read_all() == b""
 
+    def test_where_it_is_not_offered_it_is_not_taken(self, make, log):
+        """--trace would not see the file pass, so it does not offer it."""
+        path, _ = make(99)
+        with serve(saying(START, pathsend(path)), trace=True) as running:
+            assert running.talk(GET).startswith(b"HTTP/1.1 500 ")
+        assert "unexpected message 'http.response.pathsend'" in log.text
+
     def test_promised_trailers_may_follow(self, make):
         path, content = make(99)
         messages = [PROMISE, pathsend(path), trailers(CHECKSUM)]
