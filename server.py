@@ -735,7 +735,7 @@ class Server:
 
         # What lives now: the loop holds tasks weakly (uvicorn #972), so we hold them.
         self.acceptors: list[asyncio.Server] = []  # of a proactor
-        self.greetings: set[asyncio.Task] = set()
+        self.greetings: set[asyncio.Task] = set()  # from accept to connection_made
         self.connections: set[HTTPConnection] = set()
         self.unwritten: list[HTTPConnection] = []  # with bytes of this turn of the loop
         self.flush_at = 0.0
