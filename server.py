@@ -1716,13 +1716,13 @@ class Gate:
         buffer = self.buffer
         end = buffer.find(b"\r\n\r\n", self.checked) + 4
         whole = end >= 4
+        if (end if whole else len(buffer)) > HEAD_LIMIT:
+            raise h11.RemoteProtocolError("request head too large", 431)
         if whole:
             good = LINES.fullmatch(buffer, 0, end)
         else:
             good = MORE_LINES.fullmatch(buffer, self.checked)
             end = len(buffer.rstrip(b"\r\n"))
-        if end > HEAD_LIMIT:
-            raise h11.RemoteProtocolError("request head too large", 431)
         if not good:
             why = "bare CR or LF, control character, or folded line (RFC 9112 §2.2)"
             raise h11.RemoteProtocolError(why, 400)
