@@ -814,7 +814,7 @@ class Server:
             make = start_trace(self)
         self.connect = functools.partial(self.loop.connect_accepted_socket, make, **tls)
         for listener in self.listeners:
-            listener.setblocking(False)
+            listener.setblocking(False)  # a worker's may be a duplicate in another mode
             try:
                 self.watch(listener)
             except NotImplementedError:  # a proactor accepts by itself, one a turn

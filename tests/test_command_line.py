@@ -616,38 +616,36 @@ class TestLogLines:
         assert "ValueError: no" in "".join(stream.pieces)  # as logging has it
         assert stream.pieces[-1] == "next\n"
 
-    @POSIX_ONLY
-    def test_a_server_without_standard_error_answers_what_is_wrong(self):
-        """Its warnings and errors would have colours, on a terminal."""
+    @contextlib.contextmanager
+    def unheard(self, *before):
+        """A client of a server whose log goes into a pipe without a reader; what is
+        started may be another command, `before` it."""
         [listener] = sockets.bind_tcp("127.0.0.1", 0, 5)
         fd = str(listener.fileno())
-        command = [sys.executable, str(SERVER), "example:app", "--fd", fd]
-        command = ["sh", "-c", 'exec "$@" 2>&-', "sh", *command]
-        popen = {"pass_fds": [int(fd)], "env": environment()}
-        with listener, subprocess.Popen(command, **popen) as process:
-            try:
-                with Client(listener.getsockname()) as client:
-                    client.send(b"GET /\r\n\r\n")
-                    assert client.response()[0] == 400
-            finally:
-                process.kill()
-
-    @POSIX_ONLY
-    def test_a_server_whose_log_nobody_reads_serves(self):
-        """What it says goes into a pipe whose reader has left."""
-        [listener] = sockets.bind_tcp("127.0.0.1", 0, 5)
-        fd = str(listener.fileno())
-        command = [sys.executable, str(SERVER), "example:app", "--fd", fd]
+        command = [*before, sys.executable, str(SERVER), "example:app", "--fd", fd]
         popen = {"stderr": subprocess.PIPE, "pass_fds": [int(fd)], "env": environment()}
         with listener, subprocess.Popen(command, **popen) as process:
             process.stderr.close()
             try:
                 with Client(listener.getsockname()) as client:
-                    for _ in range(2):
-                        client.send(GET)
-                        assert client.response()[0] == 200
+                    yield client
             finally:
                 process.kill()
+
+    @POSIX_ONLY
+    def test_a_server_without_standard_error_answers_what_is_wrong(self):
+        """Its warnings and errors would have colours, on a terminal."""
+        with self.unheard("sh", "-c", 'exec "$@" 2>&-', "sh") as client:
+            client.send(b"GET /\r\n\r\n")
+            assert client.response()[0] == 400
+
+    @POSIX_ONLY
+    def test_a_server_whose_log_nobody_reads_serves(self):
+        """What it says goes into a pipe whose reader has left."""
+        with self.unheard() as client:
+            for _ in range(2):
+                client.send(GET)
+                assert client.response()[0] == 200
 
 
 @POSIX_ONLY
