@@ -1631,10 +1631,9 @@ def tokens(fields: Iterable[tuple[bytes, bytes]], name: bytes) -> list[str]:
 
 
 # CRLF ends a line, no other control character does a thing (RFC 9112 §2.2), and a line
-# that begins with a space would be folded (RFC 9112 §5.2). "*+" gives nothing back.
-TEXT = rb"[^\x00-\x08\x0a-\x1f\x7f]*+"
-LINES = re.compile(rb"(?:(?![ \t\r])%b\r\n)*+\r\n" % TEXT)
-MORE_LINES = re.compile(rb"%b(?:\r\n(?![ \t])%b)*+\r?" % (TEXT, TEXT))
+# that begins with a space would be folded (RFC 9112 §5.2).
+TEXT = bytes({*range(256)} - {*range(32), 127} | {9})
+FOLDED = re.compile(rb"\n[ \t]")
 CONTENT_LENGTH = re.compile(rb"\r\ncontent-length:[ \t]*(\d{1,20})[ \t]*\r\n")
 CHUNK_LINE = re.compile(
     rb"([0-9A-Fa-f]{1,16})"
@@ -1718,15 +1717,16 @@ class Gate:
         whole = end >= 4
         if (end if whole else len(buffer)) > HEAD_LIMIT:
             raise h11.RemoteProtocolError("request head too large", 431)
-        if whole:
-            good = LINES.fullmatch(buffer, 0, end)
-        else:
-            good = MORE_LINES.fullmatch(buffer, self.checked)
+        if not whole:
             end = len(buffer.rstrip(b"\r\n"))
-        if not good:
+        lines = buffer[self.checked : end]  # that are new
+        count = lines.count(b"\r\n")
+        good = lines.translate(None, TEXT) == b"\r\n" * count  # and not apart
+        ending = whole or b"\r\n\r\n".startswith(buffer[end:])
+        if not good or not ending or FOLDED.search(lines):
             why = "bare CR or LF, control character, or folded line (RFC 9112 §2.2)"
             raise h11.RemoteProtocolError(why, 400)
-        self.lines += buffer.count(b"\r\n", self.checked, end)
+        self.lines += count
         self.checked = end
         if self.lines > FIELD_LIMIT + 2:
             raise h11.RemoteProtocolError("too many fields", 431)
