@@ -1350,13 +1350,15 @@ class HTTPConnection(asyncio.Protocol):
 
     def response_ended(self) -> None:
         """The cycle is over: go round again if h11 agrees, else close."""
-        conn, server = self.conn, self.server
         self.cycle = None
-        again = conn.our_state is conn.their_state is h11.DONE
-        if not again or server.stopping.is_set():
+        if self.server.stopping.is_set():
+            self.close()
+            return
+        try:
+            self.conn.start_next_cycle()  # walk: 11
+        except h11.LocalProtocolError:
             self.close()  # with part of the request unread, too (RFC 9112 §9.3)
             return
-        conn.start_next_cycle()  # walk: 11
         self.request = None
         self.gate.head = b""
         self.deadline = 0.0
