@@ -35,7 +35,6 @@ import collections
 import contextlib
 import contextvars
 import dataclasses
-import difflib
 import email.utils
 import enum
 import errno
@@ -647,6 +646,8 @@ def import_app(name: str, app_dir: str) -> Any:
     try:
         return functools.reduce(getattr, attribute.split("."), module)
     except AttributeError:
+        import difflib  # for whoever mistypes, and nobody else
+
         near = difflib.get_close_matches(attribute, dir(module), 1)
         hint = f'; did you mean "{near[0]}"?' if near else ""
         raise StartupError(f'"{module_name}" has no "{attribute}"{hint}') from None
