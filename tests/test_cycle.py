@@ -314,12 +314,12 @@ class TestExpectContinue:
 
 @pytest.fixture
 def writes(monkeypatch):
-    """The size of each write, as it goes to the transport."""
+    """The size of each write, without what frames chunks."""
     sizes, flush = [], server.HTTPConnection.flush
 
     def counted(self):
         if self.joined:
-            sizes.append(sum(map(len, self.joined)))
+            sizes.append(self.joined_size)
         flush(self)
 
     monkeypatch.setattr(server.HTTPConnection, "flush", counted)

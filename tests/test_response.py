@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import email.utils
 import http
 import queue
@@ -91,7 +92,21 @@ class TestFraming:
     def test_without_a_length_the_body_is_chunked(self):
         data = answer([START, body(b"hel", more=True), body(b"lo")])
         assert b"transfer-encoding: chunked" in fields_of(data)
-        assert data.endswith(b"\r\n\r\n3\r\nhel\r\n2\r\nlo\r\n0\r\n\r\n")
+        # What was sent in one turn of the loop is one chunk.
+        assert data.endswith(b"\r\n\r\n5\r\nhello\r\n0\r\n\r\n")
+
+    def test_what_is_sent_in_two_turns_of_the_loop_is_two_chunks(self):
+        async def app(scope, receive, send):
+            await send(START)
+            await send(body(b"a", more=True))
+            await send(body(b"b", more=True))
+            await asyncio.sleep(0)
+            await send(body(b"c", more=True))
+            await send(END)
+
+        with serve(app) as running:
+            data = running.talk(GET)
+        assert data.endswith(b"\r\n\r\n2\r\nab\r\n1\r\nc\r\n0\r\n\r\n")
 
     def test_with_a_length_it_is_not(self):
         data = answer([start(length(5)), body(b"hel", more=True), body(b"lo")])
