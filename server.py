@@ -1870,7 +1870,7 @@ class RequestResponseCycle:
         self.owes_continue = False  # although h11 believes that it was said
         self.trailers: list | None = None  # those to come, if the app promised any
         self.sent = 0  # bytes of content
-        self.since_turn = 0  # bytes since the app last had to wait
+        self.since_turn = 0  # bytes sent, and 256 a message, since others had a turn
 
     async def run(self) -> None:
         """The life of a request. Never raises: nobody awaits its task."""
@@ -2027,7 +2027,7 @@ class RequestResponseCycle:
             else:
                 data += conn.send(h11.Data(data=body))  # walk: 9
         if more_body:
-            self.since_turn += len(body)
+            self.since_turn += 256 + len(body)  # an empty one takes time, too
             connection.write(data)
         else:
             self.end_body(data)
@@ -2321,6 +2321,9 @@ class WebSocketSession(RequestResponseCycle, asyncio.Protocol):
                 await self.deny({**message, "type": kind.removeprefix("websocket.")})
             case WebSocketState.OPEN, "websocket.send":
                 self.send_message(message)
+                if self.since_turn >= STREAM_FLUSH:
+                    self.since_turn = 0
+                    await asyncio.sleep(0)
             case WebSocketState.OPEN, "websocket.close":
                 reason = message.get("reason") or ""
                 self.start_close(message.get("code", 1000), reason)
@@ -2386,6 +2389,7 @@ class WebSocketSession(RequestResponseCycle, asyncio.Protocol):
         if deflated:
             payload = self.deflate.compress(payload)
         self.sent += len(payload)
+        self.since_turn += 256 + len(payload)
         self.transport.write(encode_frame(opcode, payload, rsv1=deflated))  # walk: ws 6
 
     def start_close(self, code: int, reason: str = "") -> None:

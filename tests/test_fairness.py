@@ -50,19 +50,40 @@ def answer_with_turns(work) -> tuple:
 
 
 @pytest.mark.parametrize("method", [b"GET", b"HEAD"])
-def test_a_stream_that_never_has_to_wait_lets_others_run(method):
-    """What if a client reads as fast as the app sends, or asked for the head alone?"""
+@pytest.mark.parametrize("count, size", [(640, 1024), (2560, 1)])
+def test_a_stream_that_never_has_to_wait_lets_others_run(count, size, method):
+    """What if a client reads as fast as the app sends, or asked for the head alone? And
+    the smallest of messages takes its time, too."""
 
     async def work(receive, send):
         await send(START)
-        for _ in range(640):  # ten times 64 KiB
-            await send(MORE)
+        for _ in range(count):  # ten times 64 KiB, as we count
+            await send({**MORE, "body": bytes(size)})
         await send(END)
 
     app, turns = answer_with_turns(work)
     with serving(app) as running:
         request = GET.replace(b"GET", method)
-        assert running.talk(request).count(b"\0") in (0, 640 * 1024)
+        assert running.talk(request).count(b"\0") in (0, count * size)
+    assert turns[0] >= 10
+
+
+def test_so_does_a_websocket():
+    count = 2560
+
+    async def work(receive, send):
+        await receive()
+        await send({"type": "websocket.accept"})
+        for _ in range(count):
+            await send({"type": "websocket.send", "text": ""})
+        await send({"type": "websocket.close"})
+
+    app, turns = answer_with_turns(work)
+    with serving(app) as running, running.connect() as client:
+        client.send(handshake())
+        client.read_until(b"\r\n\r\n")
+        end = b"\x88\x02\x03\xe8"
+        assert client.read_until(end) == b"\x81\0" * count + end
     assert turns[0] >= 10
 
 
