@@ -2388,7 +2388,6 @@ class WebSocketSession(RequestResponseCycle, asyncio.Protocol):
         deflated = self.deflate is not None and len(payload) >= SMALLEST_DEFLATED
         if deflated:
             payload = self.deflate.compress(payload)
-        self.sent += len(payload)
         self.since_turn += 256 + len(payload)
         self.transport.write(encode_frame(opcode, payload, rsv1=deflated))  # walk: ws 6
 
