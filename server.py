@@ -1142,7 +1142,6 @@ class HTTPConnection(asyncio.Protocol):
 
         # For each request.
         self.turn = 0  # how many there were
-        self.request: h11.Request | None = None
         self.cycle: RequestResponseCycle | None = None
 
         # Flow control, and what is written together at the end of a turn of the loop.
@@ -1268,7 +1267,6 @@ class HTTPConnection(asyncio.Protocol):
     def start_request(self, request: h11.Request) -> None:
         """Build the scope, and start the app in a task of its own."""
         server = self.server
-        self.request = request
         self.turn += 1
         fields = [(name.lower(), value) for name, value in request.headers.raw_items()]
         last = dict(fields)
@@ -1376,7 +1374,6 @@ class HTTPConnection(asyncio.Protocol):
         except h11.LocalProtocolError:
             self.close()  # with part of the request unread, too (RFC 9112 §9.3)
             return
-        self.request = None
         self.gate.head = b""
         self.deadline = 0.0
         if self.gate.buffer or self.gate.eof:
@@ -1399,7 +1396,7 @@ class HTTPConnection(asyncio.Protocol):
             return
         if what in (Waiting.CLIENT_TO_READ, Waiting.CLIENT_TO_CLOSE):
             self.transport.abort()
-        elif self.request is None and not self.gate.buffer:
+        elif self.cycle is None and not self.gate.buffer:
             self.close()  # there is nothing to answer
         else:
             self.refuse(408, f"waited too long for {what.value}")
