@@ -1989,7 +1989,7 @@ class RequestResponseCycle:
                     await asyncio.sleep(0)  # a stream that never waits: others, too
             case "http.response.pathsend" if self.takes_file():
                 await self.send_path(message["path"])
-            case "http.response.trailers" if self.owes_trailers():
+            case "http.response.trailers" if self.state is EXPECTING_TRAILERS:
                 self.send_trailers(message)
             case "http.response.early_hint" if self.takes_early_hint():
                 self.send_early_hint(message)
@@ -2060,9 +2060,6 @@ class RequestResponseCycle:
         self.trailers = fields
         if not more_trailers:
             self.complete(b"", end)
-
-    def owes_trailers(self) -> bool:
-        return self.state is EXPECTING_TRAILERS
 
     def takes_file(self) -> bool:
         offered = "http.response.pathsend" in self.extensions
