@@ -1415,7 +1415,7 @@ class HTTPConnection(asyncio.Protocol):
         if self.cycle is None:
             return Waiting.NEXT_REQUEST, 0, config.timeout_keep_alive
         if conn.their_state is h11.SEND_BODY and self.transport.is_reading():
-            if not (conn.they_are_waiting_for_100_continue or self.cycle.owes_continue):
+            if not conn.they_are_waiting_for_100_continue:
                 return Waiting.BODY, self.cycle.arrived, config.timeout_request_body
         return Waiting.APP, 0, math.inf
 
@@ -1864,7 +1864,6 @@ class RequestResponseCycle:
         self.response: h11.Response | None = None  # held back until the first body
         self.length: int | None = None  # the Content-Length that the app promised
         self.no_content = request.method == b"HEAD"
-        self.owes_continue = False  # although h11 believes that it was said
         self.trailers: list | None = None  # those to come, if the app promised any
         self.sent = 0  # bytes of content
         self.since_turn = 0  # bytes sent, and 256 a message, since others had a turn
@@ -1951,9 +1950,8 @@ class RequestResponseCycle:
     def maybe_send_continue(self) -> None:
         """The app wants the body: now is the time to ask for it (RFC 9110 §10.1.1)."""
         connection, conn = self.connection, self.connection.conn
-        waits = conn.they_are_waiting_for_100_continue or self.owes_continue
+        waits = conn.they_are_waiting_for_100_continue
         if waits and connection.cycle is self and conn.our_state is h11.SEND_RESPONSE:
-            self.owes_continue = False
             connection.write(conn.send(interim(100, [])))
             connection.deadline = 0.0
 
@@ -2072,10 +2070,10 @@ class RequestResponseCycle:
     def send_early_hint(self, message: Message) -> None:
         """ASGI extension "Early Hints": 103 before the head that we hold back."""
         conn = self.connection.conn
-        if conn.they_are_waiting_for_100_continue:
-            self.owes_continue = True  # h11 takes the 103 for the answer to Expect
+        waits = conn.client_is_waiting_for_100_continue
         links = bytes_only((b"link", link) for link in message["links"])
         self.connection.write(conn.send(interim(103, links)))
+        conn.client_is_waiting_for_100_continue = waits  # h11 takes 103 for the answer
 
     async def send_path(self, path: str) -> None:
         """ASGI extension "Path Send": the file goes from the kernel's cache to the
