@@ -1432,6 +1432,7 @@ class HTTPConnection(asyncio.Protocol):
         answerable = conn.our_state in (h11.IDLE, h11.SEND_RESPONSE)
         text = b"%d %s\n" % (status, phrase(status))
         received = self.gate.head or self.gate.buffer
+        content = b"" if received.startswith(b"HEAD ") else text
         if reason:
             seen = "" if cycle else excerpt(received)
             level = logging.INFO if self.gate.eof else logging.WARNING  # it just left
@@ -1440,7 +1441,7 @@ class HTTPConnection(asyncio.Protocol):
             self.cycle = None
             cycle.client_left()
             cycle.state = COMPLETE
-            cycle.sent += len(text) if answerable and not cycle.no_content else 0
+            cycle.sent += len(content) if answerable else 0
             cycle.log_access(status if answerable else cycle.response.status_code)
         if not answerable:
             self.cut()
@@ -1452,10 +1453,7 @@ class HTTPConnection(asyncio.Protocol):
         ]
         fields += REFUSAL_FIELDS.get(status, [])
         event, _ = self.server.response(status, fields)
-        data = conn.send(event)
-        if not received.startswith(b"HEAD "):
-            data += conn.send(h11.Data(data=text))
-        self.write(data)
+        self.write(conn.send(event) + conn.send(h11.Data(data=content)))
         self.close()
 
     def close(self) -> None:

@@ -192,6 +192,7 @@ class TestAccessLog:
             (HEAD, [START, body(b"hello")], "200 0 B"),
             (GET_10, [START, body(b"he", more=True), body(b"llo")], "200 5 B"),
             (GET, [], "500 26 B"),
+            (GET, [{**START, "status": 204}], "500 26 B"),
             (GET, [START, body(b"he", more=True)], "200 2 B"),
         ],
     )
