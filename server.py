@@ -728,7 +728,7 @@ class Server:
         self.log = logger.debug if lifeline else logger.info
         self.app: ASGIApp | None = None
         self.loop: asyncio.AbstractEventLoop | None = None
-        self.lifespan: Lifespan | None = None
+        self.lifespan = Lifespan(self)
         self.state: dict[str, Any] = {}  # filled by lifespan, copied for each request
         self.proxies = config.trusted_proxies() if config.proxy_headers else []
         self.log_access = config.access_log and access_logger.isEnabledFor(logging.INFO)
@@ -759,7 +759,6 @@ class Server:
         """The server's life. Calls `ready` once it accepts. Raises StartupError."""
         self.loop = asyncio.get_running_loop()
         self.context = contextvars.copy_context()
-        self.lifespan = Lifespan(self)
         if self.lifeline:
             self.lifeline.watch(self.stop_soon)
         tls = tls_options(self.config)  # a mistake is said before the app is loaded
@@ -1013,8 +1012,8 @@ class Lifespan:
         self.mode = server.config.lifespan
         self.task: asyncio.Task | None = None  # None while the app takes no part
         self.messages: asyncio.Queue[Message] = asyncio.Queue()
-        self.question = "startup"
-        self.answer: asyncio.Future[str] = server.loop.create_future()
+        self.question = ""
+        self.answer: asyncio.Future[str]  # to the question, from `ask` on
         self.text = ""  # what the app says about a failure
         self.error: BaseException | None = None  # what it raised at startup
 
