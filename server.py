@@ -751,7 +751,6 @@ class Server:
 
         # Refreshed by the ticker.
         self.ticker: asyncio.TimerHandle | None = None
-        self.date = (b"date", b"")
         self.common_fields: list[tuple[bytes, bytes]] = []
         self.responses: dict[tuple, tuple[h11.Response, int | None]] = {}
 
@@ -914,8 +913,7 @@ class Server:
         if self.lifeline:
             self.lifeline.say("alive")  # walk: worker 4
         date = (b"date", email.utils.formatdate(usegmt=True).encode())
-        if date != self.date:
-            self.date = date
+        if date not in self.common_fields:
             server = [(b"server", b"foal")] if self.config.server_header else []
             extra = self.config.extra_headers()
             ours = [field for field in (date, *server) if field[0] not in dict(extra)]
