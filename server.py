@@ -581,12 +581,10 @@ def stop_on_signals(server: Server, cleanup: contextlib.ExitStack) -> Iterator[N
     numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
     if threading.current_thread() is not threading.main_thread():
         numbers = []  # Python delivers signals to the main thread alone
-    previous = {number: signal.signal(number, on_signal) for number in numbers}
-    try:
+    with contextlib.ExitStack() as previous:
+        for number in numbers:
+            previous.callback(signal.signal, number, signal.signal(number, on_signal))
         yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 def leave_within(seconds: float, code: int) -> threading.Timer:
