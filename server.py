@@ -2057,6 +2057,8 @@ class RequestResponseCycle:
         return offered and self.state is EXPECTING_BODY
 
     def takes_early_hint(self) -> bool:
+        if self.state is COMPLETE:
+            return False  # h11 may be at the next response already
         unsaid = self.connection.conn.our_state is h11.SEND_RESPONSE
         return unsaid and "http.response.early_hint" in self.extensions
 

@@ -241,6 +241,26 @@ class TestEarlyHints:
         data, refused = outcome([START, END, hint(STYLE)])
         assert refused == [False, False, True] and b"link" not in lower(data)
 
+    def test_after_the_end_it_is_not_the_next_answers(self):
+        """What if an app goes on behind its answer, while the next one is awaited?"""
+        first, second, over = [], asyncio.Event(), asyncio.Event()
+
+        async def app(scope, receive, send):
+            if scope["path"] == "/next":
+                second.set()
+                await over.wait()
+            await send(START)
+            await send(END)
+            if scope["path"] != "/next":
+                await second.wait()
+                await trying(first, hint(STYLE))(scope, receive, send)
+                over.set()
+
+        with serve(app) as running:
+            data = running.talk(GET + get(b"/next"))
+        assert b" 103 " not in data and data.count(b" 200 ") == 2
+        assert type(first[0]) is RuntimeError
+
     def test_http_1_0_never_gets_one(self):
         """What if the app does not look whether it is advertised?"""
         data, refused = outcome([OPEN, hint(STYLE), body(b"done")], GET_10)
