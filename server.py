@@ -1186,10 +1186,28 @@ class HTTPConnection(asyncio.Protocol):
             "scheme": config.scheme,
             "root_path": config.root_path,
         }
-        self.extensions = extensions_of(transport, self.loop)
+        self.extensions = self.offer()
         # Who reaches our Unix socket is on this machine, and trusted.
         trusted = not client or is_trusted(client[0], server.proxies)
         self.behind_proxy = bool(server.proxies) and trusted
+
+    def offer(self) -> dict[str, dict]:
+        """What works on this connection (ASGI, "Extensions")."""
+        found: dict[str, dict] = {"http.response.early_hint": {}}
+        if isinstance(self.loop, asyncio.BaseEventLoop):  # others may have no sendfile
+            found["http.response.pathsend"] = {}
+        tls = self.transport.get_extra_info("ssl_object")
+        if tls is not None:
+            suites = {c["name"]: c["id"] & 0xFFFF for c in tls.context.get_ciphers()}
+            found["tls"] = {
+                "server_cert": None,
+                "client_cert_chain": [],  # we do not ask for one
+                "client_cert_name": None,
+                "client_cert_error": None,
+                "tls_version": ssl.TLSVersion[tls.version().replace(".", "_")].value,
+                "cipher_suite": suites.get(tls.cipher()[0]),
+            }
+        return found
 
     # Reading.
 
@@ -1504,27 +1522,6 @@ class HTTPConnection(asyncio.Protocol):
         """Half of the grace is over: streams learn it as a client that left."""
         if self.cycle is not None:
             self.cycle.hang_up()
-
-
-def extensions_of(
-    transport: asyncio.Transport, loop: asyncio.AbstractEventLoop
-) -> dict[str, dict]:
-    """What works on this connection (ASGI, "Extensions")."""
-    found: dict[str, dict] = {"http.response.early_hint": {}}
-    if isinstance(loop, asyncio.BaseEventLoop):  # others may have no sendfile
-        found["http.response.pathsend"] = {}
-    tls = transport.get_extra_info("ssl_object")
-    if tls is not None:
-        suites = {c["name"]: c["id"] & 0xFFFF for c in tls.context.get_ciphers()}
-        found["tls"] = {
-            "server_cert": None,
-            "client_cert_chain": [],  # we do not ask for one
-            "client_cert_name": None,
-            "client_cert_error": None,
-            "tls_version": ssl.TLSVersion[tls.version().replace(".", "_")].value,
-            "cipher_suite": suites.get(tls.cipher()[0]),
-        }
-    return found
 
 
 def excerpt(data: bytes) -> str:
