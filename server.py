@@ -2062,10 +2062,11 @@ class RequestResponseCycle:
     def send_early_hint(self, message: Message) -> None:
         """ASGI extension "Early Hints": 103 before the head that we hold back."""
         conn = self.connection.conn
-        waits = conn.client_is_waiting_for_100_continue
         links = bytes_only((b"link", link) for link in message["links"])
+        waits = conn.client_is_waiting_for_100_continue
         self.connection.write(conn.send(interim(103, links)))
-        conn.client_is_waiting_for_100_continue = waits  # h11 takes 103 for the answer
+        # h11 takes the 103 for the answer to Expect (RFC 9110 §10.1.1).
+        conn.client_is_waiting_for_100_continue = waits
 
     async def send_path(self, path: str) -> None:
         """ASGI extension "Path Send": the file goes from the kernel's cache to the

@@ -231,6 +231,25 @@ class TestEarlyHints:
             client.send(b"hello")
             assert client.response()[2] == b"hello"
 
+    def test_nor_is_one_owed_to_a_client_that_no_longer_waits(self):
+        """RFC 9110 §10.1.1: it may send its body unasked, also behind a hint."""
+        go = asyncio.Event()
+
+        async def app(scope, receive, send):
+            await send(START)
+            await send(hint(STYLE))
+            await go.wait()
+            await send(body((await receive())["body"]))
+
+        with serve(app) as running, running.connect() as client:
+            client.send(EXPECT)
+            assert lower(client.read_until(b"\r\n\r\n")) == HINT
+            (connection,) = running.server.connections
+            client.send(b"hello")
+            until(running, lambda: connection.cycle.arrived == 5)
+            running.call(go.set)
+            assert client.read_until(b"\r\n\r\n").startswith(b"HTTP/1.1 200 ")
+
     def test_after_the_body_began_it_is_refused(self):
         messages = [START, body(b"first ", more=True), hint(STYLE), body(b"last")]
         data, refused = outcome(messages)
