@@ -2006,11 +2006,11 @@ class RequestResponseCycle:
         if conn.our_state is h11.SEND_RESPONSE:
             data = self.head(len(body), more_body)
         if body and not self.no_content:
-            self.sent += len(body)
             if self.length is None:
                 connection.hold(body)
             else:
                 data += conn.send(h11.Data(data=body))  # walk: 9
+            self.sent += len(body)
         if more_body:
             self.since_turn += 256 + len(body)  # an empty one takes time, too
             connection.write(data)

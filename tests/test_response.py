@@ -194,6 +194,7 @@ class TestAccessLog:
             (GET, [], "500 26 B"),
             (GET, [{**START, "status": 204}], "500 26 B"),
             (GET, [START, body(b"he", more=True)], "200 2 B"),
+            (GET, [start(length(3)), body(b"he", more=True), body(b"llo")], "200 2 B"),
         ],
     )
     def test_each_request_has_one_line(self, request_bytes, messages, rest, log):
