@@ -1261,6 +1261,8 @@ class HTTPConnection(asyncio.Protocol):
     def read_on(self) -> None:
         self.gate.chunks = 0
         self.read()
+        if not self.transport.is_reading():
+            self.limit_reading()
 
     def read_events(self) -> None:
         conn, gate = self.conn, self.gate
@@ -1371,8 +1373,8 @@ class HTTPConnection(asyncio.Protocol):
         self.writable.set()
         self.deadline = 0.0
         if self.cycle is None and not self.lingering:
-            self.read()
-            self.limit_reading()
+            # In a turn of its own: asyncio is still at work on what `read` may close.
+            self.loop.call_soon(self.read_on)
 
     # Between requests.
 

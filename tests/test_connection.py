@@ -248,13 +248,15 @@ class TestPersistence:
 class TestHalfClose:
     """RFC 9112 §9.6: a client that has said all may still be listening."""
 
-    def test_a_half_closed_client_gets_its_whole_answer(self):
+    def test_a_half_closed_client_gets_its_whole_answer(self, log):
         async def app(scope, receive, send):
             assert scope["type"] == "http"
             await answer(send, bytes(5_000_000))
 
         with serving(app) as s:
             assert s.talk(GET).endswith(bytes(5_000_000))
+        # asyncio raises if it is closed in resume_writing.
+        assert not [r for r in log.records if r.levelname == "ERROR"]
 
     def test_a_half_closed_client_gets_its_whole_stream(self):
         async def app(scope, receive, send):
