@@ -1349,14 +1349,16 @@ class HTTPConnection(asyncio.Protocol):
         self.chunks.append(chunk)
         self.joined_size += len(chunk)
 
-    def frame(self) -> None:
-        data = h11.Data(data=b"".join(self.chunks))
+    def frame(self) -> list[bytes]:
+        """What is held, as one chunk in pieces."""
+        body = b"".join(self.chunks)
         self.chunks.clear()
-        self.joined += self.conn.send_with_data_passthrough(data)
+        self.joined_size -= len(body)
+        return self.conn.send_with_data_passthrough(h11.Data(data=body))
 
     def flush(self) -> None:
         if self.chunks:
-            self.frame()
+            self.joined += self.frame()
         # Not writelines: Python 3.12.0 to 3.12.8 never pauses us then (CVE-2024-12254).
         data = b"".join(self.joined)
         self.joined.clear()
@@ -2029,9 +2031,7 @@ class RequestResponseCycle:
     def complete(self, data: bytes, end: h11.EndOfMessage = END) -> None:
         connection = self.connection
         if connection.chunks:
-            connection.write(data)
-            connection.frame()
-            data = b""
+            data = b"".join([data, *connection.frame()])
         connection.write(data + connection.conn.send(end))
         self.state = COMPLETE
         self.log_access(self.response.status_code)

@@ -314,7 +314,7 @@ class TestExpectContinue:
 
 @pytest.fixture
 def writes(monkeypatch):
-    """The size of each write, without what frames chunks."""
+    """The size of each write, without the frame of what is only framed in it."""
     sizes, flush = [], server.HTTPConnection.flush
 
     def counted(self):
@@ -382,6 +382,12 @@ class TestStream:
     def test_chunks_of_one_turn_of_the_loop_share_a_write(self, writes):
         chunks = [body(b"x" * 100, more=True)] * 10
         assert answer([START, *chunks, END]).count(b"x") == 1000
+        assert len(writes) == 1
+
+    @pytest.mark.parametrize("size", [5, 100_000])
+    def test_an_answer_of_one_chunk_is_one_write(self, size, writes):
+        """Its head, the chunk and the end, also where a stream would be written."""
+        assert answer([START, body(b"x" * size)]).count(b"x") == size
         assert len(writes) == 1
 
     def test_joined_chunks_are_written_before_they_are_too_many(self, writes):
