@@ -1965,7 +1965,7 @@ class RequestResponseCycle:
         there; TypeError, KeyError, RuntimeError or h11.LocalProtocolError for a message
         that is wrong or comes at the wrong time, and then sends nothing of it."""
         connection = self.connection
-        if not connection.writable.is_set():
+        while not connection.writable.is_set():  # also if another task was first
             await connection.writable.wait()
         if connection.below.is_closing():
             self.client_left()  # a write has failed, and the loop had no turn since
@@ -2291,7 +2291,7 @@ class WebSocketSession(RequestResponseCycle, asyncio.Protocol):
 
     async def send(self, message: Message) -> None:
         """Take one message of the app; raises as RequestResponseCycle.send does."""
-        if not self.writable.is_set():
+        while not self.writable.is_set():  # also if another task was first
             await self.writable.wait()
         if self.connection.below.is_closing():
             self.client_left()  # a write has failed, and the loop had no turn since

@@ -384,6 +384,25 @@ class TestStream:
         assert answer([START, *chunks, END]).count(b"x") == 1000
         assert len(writes) == 1
 
+    def test_of_many_senders_only_one_goes_on_when_the_client_reads(self):
+        unsent = []
+
+        async def app(scope, receive, send):
+            (connection,) = running.server.connections
+
+            async def part():
+                await send(body(b"x" * 2**20, more=True))
+                unsent.append(connection.unsent())
+
+            await send(START)
+            await asyncio.gather(*(part() for _ in range(40)))
+            await send(END)
+
+        with serve(app) as running, running.connect() as client:
+            client.send(GET)
+            assert len(client.response()[2]) == 40 * 2**20
+        assert max(unsent) < 2 * 2**20
+
     @pytest.mark.parametrize("size", [5, 100_000])
     def test_an_answer_of_one_chunk_is_one_write(self, size, writes):
         """Its head, the chunk and the end, also where a stream would be written."""
