@@ -1304,7 +1304,7 @@ class HTTPConnection(asyncio.Protocol):
         # Not loop.create_task: its extra layer costs 3 %. A fresh context, because we
         # may be here from the send of the request before, with that one's variables.
         context = server.context.copy()
-        cycle.task = asyncio.Task(cycle.run(), loop=self.loop, context=context)
+        cycle.task = asyncio.Task(cycle.run(scope), loop=self.loop, context=context)
         server.tasks.add(cycle.task)
         server.requests_left -= 1
         if server.requests_left == 0:
@@ -1343,8 +1343,8 @@ class HTTPConnection(asyncio.Protocol):
             self.server.flush_soon(self)
 
     def hold(self, chunk: bytes) -> None:
-        """Part of a body whose length nobody knows, before `write`. Those of one turn
-        become one chunk: h11 takes 3 µs for each, and where chunks begin means nothing
+        """Part of a body whose length nobody knows, before `write`. What is flushed at
+        a time is one chunk: h11 takes 3 µs for each, and where they begin means nothing
         to a client (RFC 9112 §7.1)."""
         self.chunks.append(chunk)
         self.joined_size += len(chunk)
@@ -1641,7 +1641,7 @@ def tokens(fields: Iterable[tuple[bytes, bytes]], name: bytes) -> list[str]:
 
 
 # CRLF ends a line, no other control character does a thing (RFC 9112 §2.2), and a line
-# that begins with a space would be folded (RFC 9112 §5.2).
+# that begins with a space would be folded (RFC 9112 §5.2). The first is left to h11.
 TEXT = bytes({*range(256)} - {*range(32), 127} | {9})
 FOLDED = re.compile(rb"\n[ \t]")
 CONTENT_LENGTH = re.compile(rb"\r\ncontent-length:[ \t]*(\d{1,20})[ \t]*\r\n")
@@ -1836,10 +1836,10 @@ class RequestResponseCycle:
         self, connection: HTTPConnection, request: h11.Request, scope: Scope
     ) -> None:
         # All of it here, also what few requests change: a default in the class would
-        # keep Python from specializing each look at it (PEP 659), 2 % of a request.
+        # keep Python from specializing each look at it (PEP 659): 2 % of a request. But
+        # a session has 30 attributes, and instances share the names of no more.
         self.connection = connection
         self.request = request
-        self.scope = scope  # the app's from now on
         self.client = scope["client"]
         self.extensions = scope["extensions"]
         self.started = connection.loop.time()
@@ -1862,11 +1862,11 @@ class RequestResponseCycle:
         self.sent = 0  # bytes of content
         self.since_turn = 0  # bytes sent, and 256 a message, since others had a turn
 
-    async def run(self) -> None:
+    async def run(self, scope: Scope) -> None:
         """The life of a request. Never raises: nobody awaits its task."""
         server = self.connection.server
         try:
-            await server.app(self.scope, self.receive, self.send)  # walk: 6
+            await server.app(scope, self.receive, self.send)  # walk: 6
             if self.state is not COMPLETE and not self.hung_up:
                 raise RuntimeError("the app returned before its response was complete")
         except BaseException as exc:  # the app is foreign code, and may say sys.exit()
@@ -2009,11 +2009,11 @@ class RequestResponseCycle:
         data = b""
         if conn.our_state is h11.SEND_RESPONSE:
             data = self.head(len(body), more_body)
-        if body and not self.no_content:
+        if body and not self.no_content:  # walk: 9
             if self.length is None:
                 connection.hold(body)
             else:
-                data += conn.send(h11.Data(data=body))  # walk: 9
+                data += conn.send(h11.Data(data=body))
             self.sent += len(body)
         if more_body:
             self.since_turn += 256 + len(body)  # an empty one takes time, too
@@ -2244,9 +2244,7 @@ class WebSocketSession(RequestResponseCycle, asyncio.Protocol):
         self, connection: HTTPConnection, request: h11.Request, scope: Scope
     ) -> None:
         super().__init__(connection, request, scope)
-        self.config = connection.server.config
         self.transport = connection.transport
-        self.writable = connection.writable
         self.phase = WebSocketState.CONNECTING
         self.close_code = 1000  # for an app that returns without a word
 
@@ -2255,14 +2253,13 @@ class WebSocketSession(RequestResponseCycle, asyncio.Protocol):
         self.messages_size = 0
         self.disconnect: Message = {"type": "websocket.disconnect", "code": NO_CLOSE}
 
-        self.deflate: Deflate | None = None
         self.decoder: FrameDecoder | None = None
         self.deadline = math.inf  # of the next ping, its pong, or the end of a close
         self.pinged = False
         self.unsent = math.inf  # bytes, at the last look
 
-    async def run(self) -> None:
-        await super().run()
+    async def run(self, scope: Scope) -> None:
+        await super().run(scope)
         if self.phase is WebSocketState.OPEN:
             self.start_close(self.close_code)
 
@@ -2291,9 +2288,10 @@ class WebSocketSession(RequestResponseCycle, asyncio.Protocol):
 
     async def send(self, message: Message) -> None:
         """Take one message of the app; raises as RequestResponseCycle.send does."""
-        while not self.writable.is_set():  # also if another task was first
-            await self.writable.wait()
-        if self.connection.below.is_closing():
+        connection = self.connection
+        while not connection.writable.is_set():  # also if another task was first
+            await connection.writable.wait()
+        if connection.below.is_closing():
             self.client_left()  # a write has failed, and the loop had no turn since
         if self.gone:
             raise ClientDisconnected("the client has left")
@@ -2341,21 +2339,21 @@ class WebSocketSession(RequestResponseCycle, asyncio.Protocol):
         if subprotocol is not None:
             fields.append((b"sec-websocket-protocol", subprotocol.encode("ascii")))
         offers = tokens(asked, b"sec-websocket-extensions")
-        if self.config.ws_deflate and (deflate := Deflate.negotiate(offers)):
-            self.deflate = deflate
+        deflate = Deflate.negotiate(offers) if server.config.ws_deflate else None
+        if deflate is not None:
             fields.append((b"sec-websocket-extensions", deflate.answer))
         switch = interim(101, [*fields, *server.with_common(extra)])
         connection.write(connection.conn.send(switch))  # walk: ws 2
         self.phase = WebSocketState.OPEN
         self.state = COMPLETE
         self.log_access(101)
-        self.take_over()
+        self.take_over(deflate)
         if server.stopping.is_set():
             self.close_if_idle()
 
-    def take_over(self) -> None:
+    def take_over(self, deflate: Deflate | None) -> None:
         connection, server = self.connection, self.connection.server
-        self.decoder = FrameDecoder(self.config.ws_max_size, self.deflate)
+        self.decoder = FrameDecoder(server.config.ws_max_size, deflate)
         connection.flush()
         server.connections.discard(connection)
         server.connections.add(self)
@@ -2372,11 +2370,12 @@ class WebSocketSession(RequestResponseCycle, asyncio.Protocol):
             raise ValueError("websocket.send needs either text or bytes")
         opcode = Opcode.TEXT if text is not None else Opcode.BINARY
         payload = text.encode() if text is not None else bytes(memoryview(data))
-        deflated = self.deflate is not None and len(payload) >= SMALLEST_DEFLATED
-        if deflated:
-            payload = self.deflate.compress(payload)
+        deflate = self.decoder.deflate if len(payload) >= SMALLEST_DEFLATED else None
+        if deflate is not None:
+            payload = deflate.compress(payload)
         self.since_turn += 256 + len(payload)
-        self.transport.write(encode_frame(opcode, payload, rsv1=deflated))  # walk: ws 6
+        frame = encode_frame(opcode, payload, rsv1=deflate is not None)
+        self.transport.write(frame)  # walk: ws 6
 
     def start_close(self, code: int, reason: str = "") -> None:
         """Say Close, and wait for the client to say it too (RFC 6455 §7.1.2)."""
@@ -2428,8 +2427,10 @@ class WebSocketSession(RequestResponseCycle, asyncio.Protocol):
                 if self.messages_size > HIGH_WATER:
                     self.transport.pause_reading()
                 self.changed()
-            case Opcode.PING if self.writable.is_set():  # else it reads no pong anyway
-                if not self.connection.below.is_closing():  # else asyncio logs each
+            case Opcode.PING:
+                connection = self.connection
+                # Else it reads no pong anyway, or asyncio would log each.
+                if connection.writable.is_set() and not connection.below.is_closing():
                     self.transport.write(encode_frame(Opcode.PONG, payload))
             case Opcode.CLOSE:
                 self.end(*parse_close(payload))
@@ -2457,17 +2458,17 @@ class WebSocketSession(RequestResponseCycle, asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.phase = WebSocketState.CLOSED
-        self.decoder = self.deflate = None  # zlib's windows, while the app lingers
+        self.decoder = None  # zlib's windows, while the app lingers
         self.connection.server.connections.discard(self)
         self.connection.connection_lost(exc)
 
     def pause_writing(self) -> None:
-        self.writable.clear()
+        self.connection.writable.clear()
         self.deadline = self.connection.loop.time() + SEND_TIMEOUT
         self.unsent = math.inf
 
     def resume_writing(self) -> None:
-        self.writable.set()
+        self.connection.writable.set()
         self.expect_something()
 
     # What the server asks of everything in `connections`.
@@ -2475,7 +2476,7 @@ class WebSocketSession(RequestResponseCycle, asyncio.Protocol):
     def expect_something(self) -> None:
         """The next ping is due so long after the last byte from the client."""
         if self.phase is WebSocketState.OPEN:
-            interval = self.config.ws_ping_interval or math.inf
+            interval = self.connection.server.config.ws_ping_interval or math.inf
             self.deadline = self.connection.loop.time() + interval
             self.pinged, self.unsent = False, math.inf
 
@@ -2487,7 +2488,8 @@ class WebSocketSession(RequestResponseCycle, asyncio.Protocol):
             self.transport.abort()  # neither a pong, nor anything else
         elif self.transport.is_reading():
             self.pinged = True  # walk: ws 7
-            self.deadline = now + (self.config.ws_ping_timeout or math.inf)
+            timeout = self.connection.server.config.ws_ping_timeout or math.inf
+            self.deadline = now + timeout
             self.transport.write(encode_frame(Opcode.PING, b""))
         else:
             self.expect_something()  # it is our app that does not read

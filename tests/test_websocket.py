@@ -1402,7 +1402,8 @@ class TestBackPressure:
             client.read_until(b"HTTP/1.1 101 ")
 
             def full():
-                return any(not c.writable.is_set() for c in running.server.connections)
+                (session,) = running.server.connections
+                return not session.connection.writable.is_set()
 
             until(running, full)
             assert len(sent) < 200
