@@ -1732,16 +1732,17 @@ class Gate:
         lines = buffer[self.checked : end]  # that are new
         count = lines.count(b"\r\n")
         good = lines.translate(None, TEXT) == b"\r\n" * count  # and not apart
-        ending = whole or b"\r\n\r\n".startswith(buffer[end:])
-        if not good or not ending or FOLDED.search(lines):
+        if not whole:
+            good = good and b"\r\n\r\n".startswith(buffer[end:])
+        if not good or FOLDED.search(lines):
             why = "bare CR or LF, control character, or folded line (RFC 9112 §2.2)"
             raise h11.RemoteProtocolError(why, 400)
-        self.lines += count
-        self.checked = end
-        if self.lines > FIELD_LIMIT + 2:
+        if self.lines + count > FIELD_LIMIT + 2:
             raise h11.RemoteProtocolError("too many fields", 431)
         if not whole:
-            return b""  # and a client that drips is no more work than others
+            self.lines += count
+            self.checked = end  # and a client that drips is no more work than others
+            return b""
         self.checked = self.lines = self.empty_lines = 0
         return self.take(end)
 
