@@ -1101,6 +1101,7 @@ CHUNKS_AT_ONCE = 200  # some 3 ms; then others have their turn
 HIGH_WATER = 64 * 1024  # unread body that we hold before we stop reading; asyncio's own
 KERNEL_UNSENT = 128 * 1024  # bytes that the kernel holds beyond those on their way
 STREAM_FLUSH = 64 * 1024  # from here on chunks are written at once; others have a turn
+EMPTY_MESSAGE = 256  # bytes that a message counts for without its content
 LINGER = 5.0  # seconds without a byte, after the last answer, until we stop reading
 LINGER_TOTAL = 30.0  # seconds until we stop in any case; both are nginx's
 FIRST_REQUEST = 1.0  # seconds for a new connection, once the server stops
@@ -1861,7 +1862,7 @@ class RequestResponseCycle:
         self.no_content = request.method == b"HEAD"
         self.trailers: list | None = None  # those to come, if the app promised any
         self.sent = 0  # bytes of content
-        self.since_turn = 0  # bytes sent, and 256 a message, since others had a turn
+        self.since_turn = 0  # bytes sent, as messages count, since others had a turn
 
     async def run(self, scope: Scope) -> None:
         """The life of a request. Never raises: nobody awaits its task."""
@@ -2017,7 +2018,7 @@ class RequestResponseCycle:
                 data += conn.send(h11.Data(data=body))
             self.sent += len(body)
         if more_body:
-            self.since_turn += 256 + len(body)  # an empty one takes time, too
+            self.since_turn += EMPTY_MESSAGE + len(body)  # that takes time, too
             connection.write(data)
         else:
             self.end_body(data)
@@ -2235,7 +2236,7 @@ def check_handshake(scope: Scope) -> None:
 
 def size_of(message: Message) -> int:
     """What an unread message counts for: an empty one takes memory, too."""
-    return 256 + len(message.get("text") or message.get("bytes") or ())
+    return EMPTY_MESSAGE + len(message.get("text") or message.get("bytes") or ())
 
 
 class WebSocketSession(RequestResponseCycle, asyncio.Protocol):
@@ -2374,7 +2375,7 @@ class WebSocketSession(RequestResponseCycle, asyncio.Protocol):
         deflate = self.decoder.deflate if len(payload) >= SMALLEST_DEFLATED else None
         if deflate is not None:
             payload = deflate.compress(payload)
-        self.since_turn += 256 + len(payload)
+        self.since_turn += EMPTY_MESSAGE + len(payload)
         frame = encode_frame(opcode, payload, rsv1=deflate is not None)
         self.transport.write(frame)  # walk: ws 6
 
