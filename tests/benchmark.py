@@ -207,8 +207,7 @@ class Running:
     """A server that runs, with what can be asked of it."""
 
     def __init__(self, command: str, run: Run, name: str, *, fd: int = -1) -> None:
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            self.port = free.getsockname()[1]
+        self.keep_port()
         foal = run.other if name == "foal-other" else ROOT
         words = [w.format(port=self.port, foal=foal, fd=fd) for w in command.split()]
         self.started = time.perf_counter()
@@ -228,6 +227,17 @@ class Running:
         self.wait_for_answer()
         self.seconds_to_answer = time.perf_counter() - self.started
 
+    def keep_port(self) -> None:
+        """Find a free port; on Linux, keep it from others that look for one: two sockets
+        with SO_REUSEADDR may both bind it while at most one listens (man 7 socket), but
+        it is free for nobody. Without that, two runs at once met on one port."""
+        self.kept = socket.socket()
+        self.kept.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self.kept.bind(("127.0.0.1", 0))
+        self.port = self.kept.getsockname()[1]
+        if sys.platform != "linux":
+            self.kept.close()
+
     def wait_for_answer(self) -> None:
         while time.perf_counter() < self.started + 20 and self.process.poll() is None:
             with contextlib.suppress(OSError):
@@ -240,9 +250,11 @@ class Running:
     def ask(self, path: str) -> bytes:
         with socket.create_connection(("127.0.0.1", self.port), 5) as sock:
             sock.sendall(Case("", path).packet())
-            answer = sock.recv(65536)
-            while not answer_size(answer):
-                answer += sock.recv(65536)
+            answer = data = sock.recv(65536)
+            while data and not answer_size(answer):
+                answer += (data := sock.recv(65536))
+        if not data:
+            raise ConnectionError(f"closed after {answer[-100:]!r}")
         return answer
 
     def used(self) -> tuple[float, float]:
@@ -260,6 +272,7 @@ class Running:
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
+        self.kept.close()
 
 
 def process_table() -> dict[int, tuple[int, float, float]]:
