@@ -349,6 +349,37 @@ class TestCutAnywhere:
         for cut in range(1, len(data)):
             assert self.answers(served, data[:cut], data[cut:]) == expected, cut
 
+    @pytest.mark.parametrize(
+        "message",
+        [
+            GET,
+            head(LENGTH) + b"hello",
+            head(b"Content-Length: 0"),
+            chunks(HELLO),
+            chunks(b"1\r\nx\r\n0\r\nX: y\r\n\r\n"),
+            head(line=b"HEAD /first HTTP/1.1"),
+            b"\r\n\r\n" + GET,  # as many empty lines as there may be
+        ],
+    )
+    def test_a_message_said_again_is_answered_again(self, served, message):
+        """Its head is not looked at again; its body has to be."""
+        second = self.answers(served, SECOND)
+        one = self.answers(served, message + SECOND).removesuffix(second)
+        assert statuses(one) == [200]
+        data = message * 3 + SECOND
+        for cut in range(len(message), 2 * len(message) + 1):
+            assert self.answers(served, data[:cut], data[cut:]) == one * 3 + second, cut
+
+    @pytest.mark.parametrize(
+        "more", [b"X: \0", b" y", b"X:\ny", b": y", LENGTH, CHUNKED, b"Host: two"]
+    )
+    def test_what_only_begins_like_the_last_head_is_looked_at(self, served, more):
+        first = head(b"Content-Length: 6")
+        after = first.removesuffix(b"\r\n") + more + b"\r\n\r\n"
+        answers = served.talk(first + b"hello!" + after + b"hello!" + SMUGGLED)
+        assert statuses(answers) == [200, 400]
+        assert paths(served) == ["/first"]
+
     def test_the_gate_neither_loses_nor_adds_a_byte(self):
         data = self.CONVERSATION
         for cut in range(len(data)):

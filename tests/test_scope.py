@@ -10,7 +10,7 @@ import threading
 
 import pytest
 from conftest import GET, PATIENCE
-from test_cycle import END, GET_10, START, body, get, serve
+from test_cycle import END, GET_10, START, body, get, serve, until
 
 import sockets
 
@@ -130,6 +130,45 @@ class TestScope:
             client.send(GET + GET)
             assert client.response()[2] == b"unset"
             assert client.response()[2] == b"unset"
+
+    @pytest.mark.parametrize("kind", ["http", "websocket"])
+    def test_a_client_that_repeats_itself_gets_a_scope_of_its_own(self, kind):
+        """Its head is not looked at again; but the app may have changed all it got."""
+        shown = []
+
+        async def app(scope, receive, send):
+            shown.append(repr(scope))
+            assert scope["type"] == kind
+            if kind == "websocket":
+                scope["subprotocols"].clear()
+                await send({"type": "websocket.close"})  # 403; the connection goes on
+            scope["headers"].clear(), scope["extensions"].clear(), scope["state"].clear()
+            scope["path"] = scope["scheme"] = scope["client"] = "mine"
+            if kind == "http":
+                await send(START)
+                await send(END)
+
+        fields = (b"Upgrade: websocket", b"Connection: Upgrade")
+        fields += (b"Sec-WebSocket-Version: 13", b"Sec-WebSocket-Protocol: chat")
+        fields += (b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==",)
+        request = get(b"/a%20b", *(fields if kind == "websocket" else ()))
+        with serve(app) as running, running.connect() as client:
+            for _ in range(3):
+                client.send(request)
+                client.response()
+        assert len(shown) == 3 and len({*shown}) == 1, shown
+
+    def test_a_connection_that_is_idle_holds_no_head(self):
+        async def app(scope, receive, send):
+            await send(START)
+            await send(END)
+
+        with serve(app) as running, running.connect() as client:
+            for _ in range(2):
+                client.send(get(b"/", b"X: " + 30_000 * b"x"))
+                assert client.response()[0] == 200
+                [connection] = running.server.connections
+                until(running, lambda c=connection: not (c.gate.head or c.template))
 
     def test_what_an_app_does_to_its_scope_does_not_disturb_the_server(self, log):
         """What if a middleware sets scope["client"] to a list, as the spec allows?"""
