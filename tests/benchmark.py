@@ -314,6 +314,7 @@ class Case:
     headers: str = "Host: 127.0.0.1\r\n"
     body: bytes = b""
     access_log: bool = False
+    varied: bool = False  # each request has another target; foal gains by equal ones
     frame: int = 0  # bytes of a WebSocket message; 0 for HTTP
 
     @property
@@ -335,6 +336,8 @@ class Case:
         lines += [f"wrk.headers[{json.dumps(n)}] = {json.dumps(v)}" for n, v in fields]
         if self.body:
             lines.append(f"wrk.body = string.rep('x', {len(self.body)})")
+        if self.varied:
+            lines.append(WRK_VARIED)
         return "\n".join(lines) + WRK_DONE
 
 
@@ -355,6 +358,7 @@ Sec-Fetch-Site: same-origin
 CASES = {
     "hello": Case("13 bytes back"),
     "browser": Case("hello, with a browser's 12 request headers", headers=BROWSER),
+    "varied": Case("hello, each time another target", varied=True),
     "log": Case("hello, with the access log on", access_log=True),
     "large": Case("64 KiB back", "/large"),
     "post": Case("10 KiB sent and echoed", "/echo", "POST", body=b"x" * 10240),
@@ -362,6 +366,13 @@ CASES = {
     "ws": Case("WebSocket echo of 64 bytes", frame=64),
     "ws-large": Case("WebSocket echo of 64 KiB", frame=65536),
 }
+
+WRK_VARIED = """
+local count = 0
+function request()
+  count = count + 1
+  return wrk.format(nil, '/?' .. count)
+end"""
 
 WRK_DONE = """
 function done(summary, latency)
@@ -496,7 +507,10 @@ class Exchange(asyncio.Protocol):
     def ask(self) -> None:
         self.sent = time.perf_counter()
         self.left = self.load.size
-        self.transport.write(self.load.packet)
+        packet = self.load.packet
+        if self.load.case.varied:
+            packet = packet.replace(b"/ ", b"/?%d " % len(self.load.times), 1)
+        self.transport.write(packet)
 
     def data_received(self, data: bytes) -> None:
         if self.handshake:
