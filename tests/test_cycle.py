@@ -391,17 +391,17 @@ class TestStream:
             (connection,) = running.server.connections
 
             async def part():
-                await send(body(b"x" * 2**20, more=True))
+                await send(body(b"x" * 2**18, more=True))
                 unsent.append(connection.unsent())
 
             await send(START)
-            await asyncio.gather(*(part() for _ in range(40)))
+            await asyncio.gather(*(part() for _ in range(20)))
             await send(END)
 
         with serve(app) as running, running.connect() as client:
             client.send(GET)
-            assert len(client.response()[2]) == 40 * 2**20
-        assert max(unsent) < 2 * 2**20
+            assert len(client.response()[2]) == 20 * 2**18
+        assert max(unsent) < 2**20
 
     @pytest.mark.parametrize("size", [5, 100_000])
     def test_an_answer_of_one_chunk_is_one_write(self, size, writes):
