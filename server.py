@@ -1138,7 +1138,7 @@ class HTTPConnection(asyncio.Protocol):
 
         # For each request.
         self.turn = 0  # how many there were
-        self.template: Scope = {}  # of the scope, for a client that repeats its head
+        self.template: Scope = {}  # the scope that gate.head made, for its repetition
         self.cycle: RequestResponseCycle | None = None
 
         # Flow control, and what is written together at the end of a turn of the loop.
@@ -1282,13 +1282,16 @@ class HTTPConnection(asyncio.Protocol):
                 return  # more has to arrive, and h11 need not be asked: 1 µs
 
     def start_request(self, request: h11.Request) -> None:
-        """Start the app in a task of its own."""
+        """Start the app in a task of its own.
+
+        Raises h11.RemoteProtocolError with the status to answer.
+        """
         server = self.server
         self.turn += 1
-        if not self.gate.repeated:
-            self.template = self.make_scope(request)
         if len(server.tasks) >= server.most_tasks:
             raise h11.RemoteProtocolError("too many requests at once", 503)
+        if not self.gate.repeated:
+            self.template = self.make_scope(request)
         scope = self.template.copy()  # the app may change what it gets
         scope["headers"] = scope["headers"].copy()
         scope["extensions"] = scope["extensions"].copy()
@@ -1308,7 +1311,8 @@ class HTTPConnection(asyncio.Protocol):
             server.retire()
 
     def make_scope(self, request: h11.Request) -> Scope:
-        """What a head says, and nothing else of the moment, for the app and for us.
+        """Check what a head says, and put it into ASGI's words; let the gate know of a
+        body. All of it holds as well for the same bytes again: nothing else is asked.
 
         Raises h11.RemoteProtocolError with the status to answer.
         """
@@ -1692,9 +1696,9 @@ class Gate:
     def __init__(self) -> None:
         self.buffer = b""  # received and not yet passed on
         self.eof = False  # nothing will be added to it
-        self.head = b""  # the last one passed on
+        self.head = b""  # the last one passed on; or none, once another has begun
         self.repeated = False  # it was the one before, too, byte for byte
-        self.framing = HEAD, 0  # the part behind it, and what is left of that
+        self.framing = HEAD, 0  # the part behind it, and its length
         self.empty_lines = 0  # before the next head
         self.checked = self.lines = 0  # bytes and lines of its start, until it is whole
         self.part = HEAD
@@ -1738,7 +1742,7 @@ class Gate:
             self.empty_lines = 0
             self.part, self.left = self.framing
             return self.take(len(self.head))
-        self.head, self.framing = b"", (HEAD, 0)
+        self.head, self.framing = b"", (HEAD, 0)  # another one: nothing is known of it
         longest = TARGET_LIMIT + 64  # with a method and a version around the target
         if len(buffer) > longest and buffer.find(b"\n", 0, longest) < 0:
             raise h11.RemoteProtocolError("request line too long", 414)

@@ -370,6 +370,17 @@ class TestCutAnywhere:
         for cut in range(len(message), 2 * len(message) + 1):
             assert self.answers(served, data[:cut], data[cut:]) == one * 3 + second, cut
 
+    def test_another_head_has_a_framing_of_its_own(self, served):
+        """What if a GET behind a POST were repeated, and had the body of that?"""
+        served.talk(chunks(HELLO) + GET * 3 + SECOND)
+        assert paths(served) == ["/first", "/", "/", "/", "/second"]
+
+    def test_a_refusal_is_of_what_came_last(self, served):
+        """What if it were taken for an answer to the HEAD, which has no body?"""
+        refused = served.talk(head(line=b"HEAD /first HTTP/1.1") + b"GET /\0")
+        assert statuses(refused) == [200, 400]
+        assert refused.endswith(b"\r\n\r\n400 Bad Request\n")
+
     @pytest.mark.parametrize(
         "more", [b"X: \0", b" y", b"X:\ny", b": y", LENGTH, CHUNKED, b"Host: two"]
     )
