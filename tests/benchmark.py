@@ -368,10 +368,13 @@ CASES = {
 }
 
 WRK_VARIED = """
-local count = 0
+local requests, count = {}, 0
+function init()
+  for n = 1, 1000 do requests[n] = wrk.format(nil, '/?' .. n) end
+end
 function request()
-  count = count + 1
-  return wrk.format(nil, '/?' .. count)
+  count = count % 1000 + 1
+  return requests[count]
 end"""
 
 WRK_DONE = """
@@ -757,7 +760,7 @@ GATE = """
 import timeit, server
 gate = server.Gate()
 def once():
-    gate.buffer = {head!r}
+    gate.buffer, gate.head = {head!r}, b""  # as if it were a new one
     assert gate.next_piece()
 print(min(timeit.repeat(once, number=5000, repeat=9)) / 5000 * 1e6)
 """
