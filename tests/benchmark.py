@@ -249,13 +249,7 @@ class Running:
 
     def ask(self, path: str) -> bytes:
         with socket.create_connection(("127.0.0.1", self.port), 5) as sock:
-            sock.sendall(Case("", path).packet())
-            answer = data = sock.recv(65536)
-            while data and not answer_size(answer):
-                answer += (data := sock.recv(65536))
-        if not data:
-            raise ConnectionError(f"closed after {answer[-100:]!r}")
-        return answer
+            return ask(sock, Case("", path).packet())
 
     def used(self) -> tuple[float, float]:
         """Seconds of CPU time so far, and MiB of memory, of all its processes."""
@@ -542,6 +536,18 @@ class Exchange(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.load.lost += not self.transport.is_closing()
+
+
+def ask(sock: socket.socket, request: bytes) -> bytes:
+    """Send it and wait for the answer. Raises ConnectionError if that breaks off."""
+    sock.sendall(request)
+    answer = b""
+    while not answer_size(answer):
+        data = sock.recv(65536)
+        if not data:
+            raise ConnectionError(answer[-100:])
+        answer += data
+    return answer
 
 
 def answer_size(data: bytes) -> int:

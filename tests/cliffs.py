@@ -43,7 +43,7 @@ from benchmark import (
     Load,
     Run,
     Running,
-    answer_size,
+    ask,
     encode_text_frame,
     show,
 )
@@ -97,8 +97,8 @@ def stand_by(port: int) -> None:
     kept, new = [], []
     sock = connect(port)
     while not over.wait(0.01):
-        kept.append(seconds_of(lambda: ask(sock)))
-        new.append(seconds_of(lambda: ask(connect(port))))
+        kept.append(seconds_of(lambda: ask(sock, GET)))
+        new.append(seconds_of(lambda: ask(connect(port), GET)))
     print(json.dumps([kept, new]))
 
 
@@ -116,17 +116,6 @@ def connect(port: int, receive_buffer: int = 0) -> socket.socket:
     sock.connect(("127.0.0.1", port))
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return sock
-
-
-def ask(sock: socket.socket, request: bytes = GET) -> bytes:
-    sock.sendall(request)
-    answer = b""
-    while not answer_size(answer):
-        data = sock.recv(65536)
-        if not data:
-            raise ConnectionError(answer[-100:])
-        answer += data
-    return answer
 
 
 @contextlib.contextmanager
@@ -181,7 +170,7 @@ def nobody(port: int, scale: float) -> tuple[int, str]:
 def idle(port: int, scale: float) -> tuple[int, str]:
     with contextlib.ExitStack() as stack:
         for _ in range(int(5000 * scale)):
-            ask(stack.enter_context(connect(port)))
+            ask(stack.enter_context(connect(port)), GET)
         time.sleep(3)
     return int(5000 * scale), ""
 

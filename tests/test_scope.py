@@ -10,7 +10,8 @@ import threading
 
 import pytest
 from conftest import GET, PATIENCE
-from test_cycle import END, GET_10, START, body, get, serve, until
+from test_cycle import END, GET_10, START, body, get, saying, serve, until
+from test_websocket import handshake
 
 import sockets
 
@@ -148,10 +149,9 @@ class TestScope:
                 await send(START)
                 await send(END)
 
-        fields = (b"Upgrade: websocket", b"Connection: Upgrade")
-        fields += (b"Sec-WebSocket-Version: 13", b"Sec-WebSocket-Protocol: chat")
-        fields += (b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==",)
-        request = get(b"/a%20b", *(fields if kind == "websocket" else ()))
+        request = get(b"/a%20b")
+        if kind == "websocket":
+            request = handshake("GET /a%20b HTTP/1.1", Sec_WebSocket_Protocol="chat")
         with serve(app) as running, running.connect() as client:
             for _ in range(3):
                 client.send(request)
@@ -159,11 +159,7 @@ class TestScope:
         assert len(shown) == 3 and len({*shown}) == 1, shown
 
     def test_a_connection_that_is_idle_holds_no_head(self):
-        async def app(scope, receive, send):
-            await send(START)
-            await send(END)
-
-        with serve(app) as running, running.connect() as client:
+        with serve(saying(START, END)) as running, running.connect() as client:
             for _ in range(2):
                 client.send(get(b"/", b"X: " + 30_000 * b"x"))
                 assert client.response()[0] == 200
