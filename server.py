@@ -657,7 +657,7 @@ def not_asgi(app: Any) -> str:
         return f"a {type(app).__name__} cannot be called"
     try:
         signature = inspect.signature(app)
-    except ValueError:  # some callables written in C have none: trust them
+    except (TypeError, ValueError):  # none, as with a __call__ in __slots__: trust it
         return ""
 
     guesses = (

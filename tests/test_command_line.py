@@ -721,6 +721,19 @@ class TestRun:
         assert app.seen == LIFE
         assert [signal.getsignal(number) for number in NUMBERS] == before
 
+    def test_an_app_whose_call_is_a_slot_is_one(self):
+        """sentry_sdk's SentryAsgiMiddleware; inspect refuses it before Python 3.13."""
+
+        class Middleware:
+            __slots__ = ("__call__",)
+
+            def __init__(self, app):
+                self.__call__ = app
+
+        app = Recorder(on_startup=lambda: signal.raise_signal(signal.SIGINT))
+        assert server.run(Middleware(app), port=0) == 0
+        assert app.seen == LIFE
+
     def test_a_name_is_as_good_as_an_app(self, folder, monkeypatch, log):
         monkeypatch.setattr(sys, "path", sys.path[:])
         options = {"app_dir": str(folder), "port": 0}
