@@ -662,7 +662,7 @@ def not_asgi(app: Any) -> str:
 
     guesses = (
         (3, ""),
-        (2, "it looks like WSGI; wrap it, for example in a2wsgi.WSGIMiddleware"),
+        (2, "it looks like WSGI; wrap it, for example in asgiref.wsgi.WsgiToAsgi"),
         (1, "it looks like ASGI 2; wrap it in asgiref's guarantee_single_callable"),
         (0, "is it a factory? then add --factory"),
     )

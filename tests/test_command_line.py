@@ -190,7 +190,7 @@ MISTAKES = [
     (["main.py:app"], ["MODULE:ATTRIBUTE", "main:app"]),
     (["package/web:app"], ["MODULE:ATTRIBUTE"]),
     (["package\\web:app"], ["MODULE:ATTRIBUTE"]),
-    (["main:wsgi"], ["WSGI"]),
+    (["main:wsgi"], ["WSGI", "asgiref.wsgi.WsgiToAsgi"]),
     (["main:wsgi_object"], ["WSGI"]),
     (["main:ASGI2"], ["ASGI 2"]),
     (["main:create_app"], ["--factory"]),
