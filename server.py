@@ -1560,6 +1560,7 @@ def excerpt(data: bytes) -> str:
 
 HOST = re.compile(rb"(\[[0-9A-Fa-f:.]+\]|[\w.~!$&'()*+;=%-]+)(:\d{0,5})?", re.ASCII)
 ABSOLUTE_FORM = re.compile(rb"https?://([^/?]*)(.*)", re.IGNORECASE)
+PROTO = {b"http": "http", b"https": "https", b"ws": "http", b"wss": "https"}  # Traefik
 
 
 def check_request(request: h11.Request, fields: list, last: dict) -> None:
@@ -1650,8 +1651,7 @@ def fill_forwarded(scope: Scope, networks: list) -> None:
     if hosts and re.fullmatch(r"[0-9A-Fa-f.:]+", hosts[-1]):  # it will be logged
         scope["client"] = (hosts[-1], 0)
     scheme = dict(scope["headers"]).get(b"x-forwarded-proto")
-    if scheme in (b"http", b"https"):
-        scope["scheme"] = scheme.decode()
+    scope["scheme"] = PROTO.get(scheme, scope["scheme"])
 
 
 def tokens(fields: Iterable[tuple[bytes, bytes]], name: bytes) -> list[str]:

@@ -244,7 +244,9 @@ class TestProxyHeaders:
             assert s.talk(GET).startswith(b"HTTP/1.1 200 ")
         assert {host for host, _ in clients} == {"127.0.0.1"}
 
-    @pytest.mark.parametrize("proto, scheme", [(b"https", "https"), (b"ftp", "http")])
+    @pytest.mark.parametrize(
+        "proto, scheme", [(b"https", "https"), (b"wss", "https"), (b"ftp", "http")]
+    )
     def test_a_trusted_peer_names_the_scheme(self, proto, scheme):
         request = get(b"/", b"X-Forwarded-Proto: " + proto)
         assert scope_of(request, proxy_headers=True)["scheme"] == scheme
