@@ -1560,6 +1560,7 @@ def excerpt(data: bytes) -> str:
 
 HOST = re.compile(rb"(\[[0-9A-Fa-f:.]+\]|[\w.~!$&'()*+;=%-]+)(:\d{0,5})?", re.ASCII)
 ABSOLUTE_FORM = re.compile(rb"https?://([^/?]*)(.*)", re.IGNORECASE)
+WITH_PORT = re.compile(r"^(?:\[(.*)\](?::\d+)?|([\d.]+):\d+)$")  # Azure's gateway
 PROTO = {b"http": "http", b"https": "https", b"ws": "http", b"wss": "https"}  # Traefik
 
 
@@ -1646,6 +1647,7 @@ def fill_forwarded(scope: Scope, networks: list) -> None:
     ours is the client; what stands left of it, anybody may have written.
     """
     hosts = tokens(scope["headers"], b"x-forwarded-for")
+    hosts = [WITH_PORT.sub(r"\1\2", host) for host in hosts]
     while len(hosts) > 1 and is_trusted(hosts[-1], networks):
         hosts.pop()
     if hosts and re.fullmatch(r"[0-9A-Fa-f.:]+", hosts[-1]):  # it will be logged
