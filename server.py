@@ -211,6 +211,7 @@ class Config:
     log_level: str = option("info", "least level to log", choices=LEVELS)
     access_log: bool = option(True, "no line for each request")
     trace: bool = option(False, "print what passes through each layer")
+    pathsend: bool = option(True, "no pathsend, which some middleware loses")
     header: Repeated = option(None, "field of each response; repeatable", "NAME:VALUE")
     server_header: bool = option(True, "no Server field")
     proxy_headers: bool = option(False, "believe X-Forwarded-For and -Proto")
@@ -1196,7 +1197,8 @@ class HTTPConnection(asyncio.Protocol):
     def offer(self) -> dict[str, dict]:
         """What works on this connection (ASGI, "Extensions")."""
         found: dict[str, dict] = {"http.response.early_hint": {}}
-        if isinstance(self.loop, asyncio.BaseEventLoop):  # others may have no sendfile
+        sends = isinstance(self.loop, asyncio.BaseEventLoop)  # others may not
+        if sends and self.server.config.pathsend:
             found["http.response.pathsend"] = {}
         tls = self.transport.get_extra_info("ssl_object")
         if tls is not None:

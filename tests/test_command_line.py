@@ -328,7 +328,7 @@ LISTED = {
     "root_path": "",
     "log_level": "info", "no_access_log": ..., "trace": ...,
     "header": None, "no_server_header": ..., "proxy_headers": False,
-    "no_ws_deflate": ...,
+    "no_ws_deflate": ..., "no_pathsend": ...,
     "forwarded_allow_ips": ..., "limit_concurrency": None, "limit_max_requests": None,
     "timeout_keep_alive": 5, "timeout_request_head": 10, "timeout_request_body": 60,
     "timeout_graceful_shutdown": 10, "timeout_worker_healthcheck": ...,

@@ -87,7 +87,7 @@ def errors(log) -> list[str]:
 class TestAdvertised:
     """ASGI "Extensions": each is in the scope where it works, and only there."""
 
-    def extensions(self, request: bytes) -> set[str]:
+    def extensions(self, request: bytes, **options) -> set[str]:
         seen = queue.Queue()
 
         async def app(scope, receive, send):
@@ -98,12 +98,16 @@ class TestAdvertised:
             await send(START)
             await send(END)
 
-        with serve(app) as running:
+        with serve(app, **options) as running:
             running.talk(request)
         return {name.removeprefix("http.response.") for name in seen.get()}
 
     def test_without_te_there_are_hints_and_files(self):
         assert self.extensions(GET) == {"early_hint", "pathsend"}
+
+    def test_files_can_be_left_out(self):
+        """brotli-asgi, and Starlette 0.36's own middleware, lose a pathsend: a 500."""
+        assert self.extensions(GET, pathsend=False) == {"early_hint"}
 
     @pytest.mark.parametrize(
         "field",
