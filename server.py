@@ -1158,7 +1158,8 @@ class HTTPConnection(asyncio.Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:
         self.transport = transport
         # Under TLS, what is encrypted waits in a transport below ours, which asyncio
-        # shows nobody. It alone knows a slow reader from an idle one, and what failed.
+        # shows nobody. It alone knows a slow reader from an idle one, and what failed;
+        # and where it reads on for us, the client's end swallows what we then write.
         tls = getattr(transport, "_ssl_protocol", None)
         self.below = getattr(tls, "_transport", transport)
         server, config = self.server, self.server.config
@@ -1231,9 +1232,9 @@ class HTTPConnection(asyncio.Protocol):
         """Stop while more waits than we want to hold: body, or pipelined requests."""
         held = len(self.gate.buffer) + (self.cycle.body_size if self.cycle else 0)
         if held > HIGH_WATER and not self.lingering:
-            self.transport.pause_reading()
+            self.below.pause_reading()
         else:
-            self.transport.resume_reading()
+            self.below.resume_reading()
         self.deadline = 0.0
 
     def read(self) -> None:
@@ -1265,7 +1266,7 @@ class HTTPConnection(asyncio.Protocol):
     def read_on(self) -> None:
         self.gate.chunks = 0
         self.read()
-        if not self.transport.is_reading():
+        if not self.below.is_reading():
             self.limit_reading()
 
     def read_events(self) -> None:
@@ -1415,7 +1416,7 @@ class HTTPConnection(asyncio.Protocol):
         self.deadline = 0.0
         if self.gate.buffer or self.gate.eof:
             self.read()
-        if not self.transport.is_reading():
+        if not self.below.is_reading():
             self.limit_reading()
 
     # Deadlines: one at a time. The hot path only notes that something has happened.
@@ -1453,7 +1454,7 @@ class HTTPConnection(asyncio.Protocol):
             return Waiting.HEAD, 0, config.timeout_request_head
         if self.cycle is None:
             return Waiting.NEXT_REQUEST, 0, config.timeout_keep_alive
-        if conn.their_state is h11.SEND_BODY and self.transport.is_reading():
+        if conn.their_state is h11.SEND_BODY and self.below.is_reading():
             if not conn.they_are_waiting_for_100_continue:
                 return Waiting.BODY, self.cycle.arrived, config.timeout_request_body
         return Waiting.APP, 0, math.inf
@@ -1505,6 +1506,8 @@ class HTTPConnection(asyncio.Protocol):
         self.linger_end = self.loop.time() + LINGER_TOTAL
         if self.transport.is_closing():
             return  # asyncio's TLS does not bear a second close: it forgets its socket
+        if self.below is not self.transport:
+            self.below.resume_reading()  # for the client's close_notify
         if self.gate.eof or self.server.stopping.is_set():
             self.transport.close()
         else:
@@ -1942,7 +1945,7 @@ class RequestResponseCycle:
         self.body_size += len(data)
         self.arrived += len(data)
         if self.body_size > HIGH_WATER:
-            self.connection.transport.pause_reading()
+            self.connection.below.pause_reading()
         self.changed()
 
     def client_left(self) -> None:
@@ -1989,7 +1992,7 @@ class RequestResponseCycle:
         body = b"".join(self.body)
         self.body.clear()
         self.body_size = 0
-        if not self.connection.transport.is_reading():
+        if not self.connection.below.is_reading():
             self.connection.limit_reading()
         self.body_taken = not more_body
         return {"type": "http.request", "body": body, "more_body": more_body}
@@ -2394,7 +2397,7 @@ class WebSocketSession(RequestResponseCycle, asyncio.Protocol):
         server.connections.discard(connection)
         server.connections.add(self)
         self.transport.set_protocol(self)  # walk: ws 3
-        self.transport.resume_reading()
+        self.connection.below.resume_reading()
         eager, connection.gate.buffer = connection.gate.buffer, b""  # sent too soon
         self.data_received(eager)
         if connection.gate.eof:
@@ -2437,7 +2440,7 @@ class WebSocketSession(RequestResponseCycle, asyncio.Protocol):
                 if self.phase is WebSocketState.CLOSED or self.is_full():
                     return  # the decoder keeps the rest
             if self.decoder.frames == FRAMES_AT_ONCE:
-                self.transport.pause_reading()
+                self.connection.below.pause_reading()
                 self.connection.loop.call_soon(self.read_on)
         except WebSocketError as exc:
             peer = self.connection.peer
@@ -2448,7 +2451,7 @@ class WebSocketSession(RequestResponseCycle, asyncio.Protocol):
         """Take in what was left when we stopped, before more of it is read: in a turn
         of its own, for the others' sake."""
         if self.decoder is not None and not self.is_full():  # else receive does
-            self.transport.resume_reading()
+            self.connection.below.resume_reading()
             self.data_received(b"")
 
     def is_full(self) -> bool:
@@ -2461,7 +2464,7 @@ class WebSocketSession(RequestResponseCycle, asyncio.Protocol):
                 self.messages.append({"type": "websocket.receive", key: payload})
                 self.messages_size += size_of(self.messages[-1])
                 if self.messages_size > HIGH_WATER:
-                    self.transport.pause_reading()
+                    self.connection.below.pause_reading()
                 self.changed()
             case Opcode.PING:
                 connection = self.connection
@@ -2522,7 +2525,7 @@ class WebSocketSession(RequestResponseCycle, asyncio.Protocol):
             self.deadline = now + SEND_TIMEOUT
         elif unsent or self.pinged or self.phase is not WebSocketState.OPEN:
             self.transport.abort()  # neither a pong, nor anything else
-        elif self.transport.is_reading():
+        elif self.connection.below.is_reading():
             self.pinged = True  # walk: ws 7
             timeout = self.connection.server.config.ws_ping_timeout or math.inf
             self.deadline = now + timeout

@@ -24,7 +24,7 @@ import h11
 import pytest
 from conftest import GET, PATIENCE, Client, Process, serving
 from test_cycle import END, EXPECT, START, body, get, length, post, saying, start, until
-from test_frames import PING, TEXT, frame
+from test_frames import BINARY, PING, TEXT, frame
 from test_websocket import handshake
 
 import server
@@ -631,6 +631,50 @@ class TestLeaving:
             client.send(GET)
             client.read_until(b"xxx")
             client.leave(how)
+            assert type(seen.get(timeout=PATIENCE)) is server.ClientDisconnected
+        assert errors(log) == []
+
+    @LEAVING
+    @pytest.mark.parametrize(
+        "request_bytes, first, again",
+        [
+            (post(bytes(200_000))[:-1], START, body(b"x", more=True)),
+            (
+                WEBSOCKET + frame(BINARY, bytes(70_000)) * 2,
+                {"type": "websocket.accept"},
+                {"type": "websocket.send", "text": "x"},
+            ),
+        ],
+        ids=["HTTP", "WebSocket"],
+    )
+    def test_send_raises_though_nobody_reads(self, request_bytes, first, again, how, log):
+        """asyncio drops what is written after the client's end, and tells nobody of that
+        end while its TLS is paused."""
+        seen, left = queue.Queue(), threading.Event()
+
+        async def app(scope, receive, send):
+            await send(first)
+            await asyncio.to_thread(left.wait, PATIENCE)
+            try:
+                for _ in range(1000):
+                    await send(again)
+                    await asyncio.sleep(0.001)
+            except OSError as exc:
+                seen.put(exc)
+                raise
+            seen.put("never told")
+
+        def paused():
+            ours = [connection.transport for connection in running.server.connections]
+            below = [transport._ssl_protocol._transport for transport in ours]
+            return not all(transport.is_reading() for transport in ours + below)
+
+        with serve(app) as running:
+            client = secure(running)
+            client.send(request_bytes)
+            until(running, paused)
+            client.leave(how)
+            left.set()
             assert type(seen.get(timeout=PATIENCE)) is server.ClientDisconnected
         assert errors(log) == []
 
