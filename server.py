@@ -2299,7 +2299,7 @@ class WebSocketSession(RequestResponseCycle, asyncio.Protocol):
 
     async def run(self, scope: Scope) -> None:
         await super().run(scope)
-        if self.phase is WebSocketState.OPEN:
+        if self.phase is WebSocketState.OPEN and not self.gone:
             self.start_close(self.close_code)
 
     def explain(self, exc: BaseException) -> None:
@@ -2310,10 +2310,11 @@ class WebSocketSession(RequestResponseCycle, asyncio.Protocol):
 
     async def receive(self) -> Message:
         """websocket.connect, every message, and websocket.disconnect from then on."""
-        closed = WebSocketState.CLOSED
-        while not (self.messages or self.hung_up or self.phase is closed):
+        while not (self.messages or self.phase is WebSocketState.CLOSED):
             if self.phase is WebSocketState.CONNECTING and self.connection.gate.eof:
                 self.hung_up = True
+            # While it is open, what a client said before it left is still to come.
+            if self.hung_up and self.phase is not WebSocketState.OPEN:
                 break
             await self.wait_for_change()
         if not self.messages:
@@ -2442,6 +2443,8 @@ class WebSocketSession(RequestResponseCycle, asyncio.Protocol):
             if self.decoder.frames == FRAMES_AT_ONCE:
                 self.connection.below.pause_reading()
                 self.connection.loop.call_soon(self.read_on)
+            elif self.connection.gate.eof:
+                self.end(NO_CLOSE)
         except WebSocketError as exc:
             peer = self.connection.peer
             logger.info("%s: WebSocket failed, %d: %s", peer, *exc.args)
@@ -2478,12 +2481,13 @@ class WebSocketSession(RequestResponseCycle, asyncio.Protocol):
         """The client has said Close, or cannot go on: reply if it is the first to say
         so, with its code (RFC 6455 §5.5.1). Then the server ends the connection first
         (RFC 6455 §7.1.1), in stages as for HTTP."""
-        if self.phase is WebSocketState.OPEN:
+        if self.phase is WebSocketState.OPEN and not self.gone:
             self.client_left()
             if code != NO_CLOSE:
                 payload = b"" if code == NO_CODE else code.to_bytes(2, "big")
                 self.transport.write(encode_frame(Opcode.CLOSE, payload))
         self.phase = WebSocketState.CLOSED
+        self.decoder = None  # zlib's windows, while the app lingers
         self.disconnect.update(code=code, reason=reason)
         self.connection.close()
         self.deadline = self.connection.loop.time() + LINGER
@@ -2491,15 +2495,13 @@ class WebSocketSession(RequestResponseCycle, asyncio.Protocol):
 
     def eof_received(self) -> bool:
         self.connection.gate.eof = True
-        if self.phase is not WebSocketState.CLOSED:
-            self.end(NO_CLOSE)
+        self.read_on()  # TLS may bring the end together with more than we take at once
         return False
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self.phase = WebSocketState.CLOSED
-        self.decoder = None  # zlib's windows, while the app lingers
         self.connection.server.connections.discard(self)
         self.connection.connection_lost(exc)
+        self.eof_received()
 
     def pause_writing(self) -> None:
         self.connection.writable.clear()

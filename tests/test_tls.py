@@ -24,7 +24,7 @@ import h11
 import pytest
 from conftest import GET, PATIENCE, Client, Process, serving
 from test_cycle import END, EXPECT, START, body, get, length, post, saying, start, until
-from test_frames import BINARY, PING, TEXT, frame
+from test_frames import BINARY, CLOSE as CLOSING, PING, TEXT, frame
 from test_websocket import handshake
 
 import server
@@ -826,6 +826,30 @@ class TestStopping:
 
 class TestWebSocket:
     """RFC 6455 §1.3, §3 and §5.7: wss."""
+
+    @pytest.mark.parametrize("how", ["close_notify", "FIN"])
+    def test_what_a_client_said_before_it_left_arrives(self, how):
+        """However much of it there is, and although TLS says its end at once."""
+        seen, left = queue.Queue(), threading.Event()
+
+        async def app(scope, receive, send):
+            await receive()
+            await send({"type": "websocket.accept"})
+            await asyncio.to_thread(left.wait, PATIENCE)
+            await asyncio.sleep(0)
+            count = 0
+            while (message := await receive())["type"] == "websocket.receive":
+                count += 1
+            seen.put((count, message["code"]))
+
+        with serve(app) as running:
+            client = secure(running)
+            client.send(WEBSOCKET)
+            client.read_until(b"\r\n\r\n")
+            client.send(frame(TEXT, b"x" * 300) * 500 + frame(CLOSING, b"\x03\xe8"))
+            client.leave(how)
+            left.set()
+            assert seen.get(timeout=PATIENCE) == (500, 1000)
 
     def test_an_echo_comes_back(self):
         seen = queue.Queue()

@@ -753,6 +753,16 @@ class TestMessages:
             found = [session.receive() for _ in range(3)]
             assert found == [CONNECT, text("one"), gone(1006)]
 
+    def test_an_eager_client_may_have_left_behind_much(self):
+        data = handshake() + frame(TEXT, b"one") * 300 + frame(CLOSE, BYE)
+        with connecting(data) as session:
+            connection = next(iter(session.running.server.connections))
+            session.client.half_close()
+            until(session.running, lambda: connection.gate.eof)
+            session.send(ACCEPT)
+            found = [session.receive() for _ in range(302)]
+            assert found == [CONNECT, *[text("one")] * 300, gone(1000)]
+
     def test_an_eager_client_is_held_up_until_it_is_accepted(self):
         """Back-pressure: how much fits into memory is not its choice."""
         with connecting() as session:
