@@ -565,10 +565,14 @@ async def serve(app: ASGIApp | str, **options: Any) -> None:
 @contextlib.contextmanager
 def stop_on_signals(server: Server, cleanup: contextlib.ExitStack) -> Iterator[None]:
     """The first SIGINT or SIGTERM stops gracefully; one more ends at once."""
+    pid = os.getpid()
 
     def on_signal(number: int, frame: object) -> None:
         # Runs between any two bytecodes, perhaps with a lock held: no logging here
         # (gunicorn #2564). Note it, wake the loop, act there.
+        if os.getpid() != pid:  # a process that the app forked: it ends like any other
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
         if server.stop_signal or server.stopping.is_set():
             cleanup.close()
             os._exit(128 + number)

@@ -26,7 +26,7 @@ SIGNALS = [
 ]
 
 APP = """
-import asyncio, threading, time
+import asyncio, multiprocessing, threading, time
 
 def say(words):
     print(words, flush=True)
@@ -72,6 +72,10 @@ async def thread(receive):
 async def executor(receive):
     asyncio.get_running_loop().run_in_executor(None, never_end)
     say("in flight")
+
+async def fork(receive):
+    context = multiprocessing.get_context("fork")
+    context.Process(target=time.sleep, args=(30,), daemon=True).start()
 
 async def nothing(receive):
     pass
@@ -413,6 +417,21 @@ class TestTheEnd:
             assert p.exit_code() == 0
             with pytest.raises(ProcessLookupError):
                 os.killpg(p.process.pid, 0)
+
+    @POSIX_ONLY
+    @pytest.mark.parametrize("workers", [1, 2])
+    def test_what_the_app_forked_ends_too(self, start, workers):
+        """It holds the listener. Python terminates it, and it must not take that for
+        the server's own first signal: it would live on, and the port with it."""
+        with start("--workers", workers) as p:
+            port = p.port()
+            with p.connect(port) as client:
+                ask(client, "fork", b"ok")
+                assert client.response()[2] == b"done"
+            p.process.send_signal(signal.SIGTERM)
+            assert p.exit_code() == 0
+            assert refuses(("127.0.0.1", port))
+        assert "still run" not in p.output
 
     def test_the_next_server_can_have_the_port_at_once(self, start):
         with start() as p:
