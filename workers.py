@@ -84,10 +84,11 @@ class Lifeline:
 
 
 def ignore_group_signals() -> None:
-    """For a worker: what reaches the process group is its supervisor's business."""
+    """For a worker: what reaches the process group is its supervisor's business. Not by
+    SIG_IGN, which the app's own subprocesses would inherit (man 2 execve)."""
     for name in ("SIGINT", "SIGBREAK", "SIGHUP"):
         if hasattr(signal, name):
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
+            signal.signal(getattr(signal, name), lambda number, frame: None)
     if hasattr(signal, "pthread_sigmask"):
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 

@@ -535,7 +535,7 @@ class TestLifeline:
 # ── The whole program. ──
 
 APP = """
-import asyncio, gc, os, socket, time
+import asyncio, gc, os, socket, sys, time
 
 def say(words):
     os.write(1, f"{words} {os.getpid()}\\n".encode())  # in one piece
@@ -578,6 +578,12 @@ async def inherited(scope, receive):
             if sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
                 found.append(os.get_inheritable(number))
     return str(found)
+
+async def ignored(scope, receive):
+    show = "import signal; print(signal.getsignal(2) is signal.SIG_IGN, end='')"
+    pipe = {"stdout": asyncio.subprocess.PIPE}
+    shown = await asyncio.create_subprocess_exec(sys.executable, "-c", show, **pipe)
+    return (await shown.communicate())[0].decode()
 
 async def twins(scope, receive):
     import server, workers
@@ -812,6 +818,12 @@ class TestSharing:
         """behaviour.md §2. What was passed to a spawned process is inheritable there."""
         with start() as p:
             assert get(p.port(), "/inherited") == "[False]"
+
+    @POSIX_ONLY
+    def test_a_subprocess_of_the_app_hears_ctrl_c(self, start):
+        """What is ignored stays so in whatever is executed (man 2 execve)."""
+        with start() as p:
+            assert get(p.port(), "/ignored") == "False"
 
     def test_an_app_that_imports_us_meets_the_same_classes(self, start):
         """Issue 3.7: two names, one file; in a worker too."""

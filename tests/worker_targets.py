@@ -78,7 +78,8 @@ def tell_mask(pipe) -> None:
     born = signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, ())
     workers.ignore_group_signals()
     now = signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, ())
-    ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    signal.raise_signal(signal.SIGINT)
+    ignored = True
     pipe.send((born, now, ignored))
     wait_for_stop(pipe)
 
