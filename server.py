@@ -547,6 +547,7 @@ def make_runner(config: Config) -> asyncio.Runner:
 
 def log_startup_error(exc: Exception) -> None:
     """One line; above it, if the app is to blame, its own traceback."""
+    logger.disabled = False  # as logging.config leaves it, if an app uses that
     if isinstance(exc.__cause__, BaseException):
         logger.error("%s", app_traceback(exc.__cause__))
     logger.error("%s", exc)
@@ -785,6 +786,7 @@ class Server:
             if self.stop_signal:  # and the app's import has swallowed it
                 raise KeyboardInterrupt
             await self.lifespan.startup()
+            logger.disabled = access_logger.disabled = False
         except StartupError as exc:
             if not self.config.reload:
                 raise

@@ -250,6 +250,20 @@ class TestBrokenApp:
         assert f"{module} could not be imported" in outcome.errors[-1]
         assert "no module" not in outcome.output
 
+    def test_an_app_that_silences_all_loggers_is_no_reason_to_be_silent(self, tmp_path):
+        """It does so by not saying the contrary (Python, logging.config)."""
+        text = "import logging.config\nlogging.config.dictConfig({'version': 1})\n"
+        (tmp_path / "silent.py").write_text(text + "1 / 0\n")
+        outcome = foal("silent:app", "--port", 0, cwd=tmp_path)
+        self.check(outcome, "silent.py", "division by zero")
+        (tmp_path / "silent.py").write_text(text + MAIN.replace("__name__", "(1 / 0)"))
+        with Process("silent:app", "--port", 0, cwd=tmp_path) as p:
+            with p.connect(p.port()) as client:
+                client.send(GET)
+                assert client.response()[0] == 500
+                p.wait_for("division by zero")
+                p.wait_for('"GET / HTTP/1.1" 500')
+
     def test_an_error_in_the_factory_shows_its_traceback(self, folder):
         outcome = foal("main:broken_factory", "--factory", "--port", 0, cwd=folder)
         self.check(outcome, "main.py", "the factory's own words")
