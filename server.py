@@ -76,6 +76,7 @@ except ModuleNotFoundError:
 if __name__ == "__main__":
     # Run the importable twin of this file: apps and workers meet the same classes. Here
     # and not at the end, because nobody needs what follows twice: 5 ms.
+    sys.path.append(os.path.dirname(os.path.abspath(__file__)))  # python -P lacks it
     import server
 
     sys.modules["__main__"] = server  # whose compiled form is cached, for workers too
@@ -137,7 +138,7 @@ def parse_args(arguments: list[str] | None = None) -> Config:
 
 
 def make_parser() -> Parser:
-    title = __doc__.partition("\n")[0]
+    title = (__doc__ or "").partition("\n")[0]  # python -OO has none
     parser = Parser("server.py", description=title, allow_abbrev=False)
     parser.add_argument("app", metavar="MODULE:ATTRIBUTE", help="for example main:app")
     parser.add_argument("--version", action="version", version=versions())

@@ -487,6 +487,15 @@ async def app(scope, receive, send):
 class TestTwoNamesOneFile:
     """architecture.md: `import server` in an app meets the classes that run it."""
 
+    @pytest.mark.parametrize("option", ["-OO", "-P", "-I"])
+    def test_it_runs_with_any_option_of_python(self, folder, option):
+        """Without docstrings (PYTHONOPTIMIZE), or without the script's folder among the
+        places of modules (PYTHONSAFEPATH)."""
+        start, options = (option, SERVER), ("--port", 0, "--workers", 2)
+        assert foal("--version", start=start).output.startswith("foal ")
+        outcome = foal("leaves:app", *options, start=start, cwd=folder)
+        assert outcome.code == 3 and "no configuration" in outcome.output
+
     @pytest.mark.parametrize(
         "start",
         [(SERVER,), ("-m", "server")],
