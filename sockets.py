@@ -138,7 +138,7 @@ def bind_unix(path: str, backlog: int) -> tuple[socket.socket, Callable[[], None
         listener.close()
         why = f"cannot listen on --uds {path}: {exc.strerror or exc}"
         raise OSError(exc.errno, why) from None
-    return listener, functools.partial(remove_file, path, made)
+    return listener, functools.partial(remove_file, os.path.abspath(path), made)
 
 
 def somebody_answers(path: str) -> bool:

@@ -440,6 +440,13 @@ class TestUnix:
         assert not os.path.lexists(path)
         remove_file()  # gone already: nothing to say
 
+    def test_so_it_is_if_the_app_has_changed_its_folder(self, unix, path, monkeypatch):
+        monkeypatch.chdir(os.path.dirname(path))
+        remove_file = unix(os.path.basename(path))
+        monkeypatch.chdir("/")
+        remove_file()
+        assert not os.path.lexists(path)
+
     def test_a_file_that_somebody_put_in_its_place_is_not_removed(self, unix, path):
         """uvicorn #722: the new server's socket, deleted by the old one's exit."""
         remove_ours = unix(path)
