@@ -269,6 +269,13 @@ class TestWhatIsNotWalked:
         write(tree / "env" / "lib" / "file.py")
         assert self.walked(tree, monkeypatch) == {"env"}
 
+    def test_one_around_the_code_is_no_reason_to_see_nothing(self, tree, monkeypatch):
+        """`python -m venv .` where the app is."""
+        write(tree / "pyvenv.cfg")
+        write(tree / "sub" / "file.py")
+        assert self.walked(tree, monkeypatch) == {"sub"}
+        assert str(tree / "app.py") in Eager([str(tree)]).files
+
     def test_an_excluded_folder_is_not(self, tree, monkeypatch):
         write(tree / "big" / "deep" / "file.py")
         monkeypatch.setattr(Eager, "walk", Watcher.walk)
