@@ -471,6 +471,8 @@ def supervise(
     watcher = None
     if config.reload:
         folders = config.reload_dir or [config.app_dir]
+        if absent := [folder for folder in folders if not os.path.isdir(folder)]:
+            raise StartupError(f"cannot watch {absent[0]}: it is no folder")
         patterns = config.reload_include or (), config.reload_exclude or ()
         watcher = reload.Watcher(folders, *patterns, delay=config.reload_delay)
         logger.info("watching %s", ", ".join(watcher.folders))

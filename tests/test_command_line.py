@@ -181,6 +181,8 @@ MISTAKES = [
         ["main:app", "--app-dir", "no-such-folder"],
         ["no-such-folder", "--app-dir"],
     ),
+    (["main:app", "--reload", "--reload-dir", "nope"], ["cannot watch nope"]),
+    (["main:app", "--reload", "--reload-dir", "main.py"], ["cannot watch main.py"]),
     (["main:ap"], ['no "ap"', 'did you mean "app"?']),
     (["main:zzzzzz"], ['no "zzzzzz"']),
     (["main:framework.zzzzzz"], ["zzzzzz"]),
