@@ -563,7 +563,13 @@ async def serve(app: ASGIApp | str, **options: Any) -> None:
     """
     config = Config(app, **options)
     with contextlib.ExitStack() as cleanup:
-        await Server(config, open_listeners(config, cleanup)).serve()
+        server = Server(config, open_listeners(config, cleanup))
+        try:
+            await server.serve()
+        finally:  # cancelled at startup; or again and again, as anyio does
+            server.end()
+            if server.lifespan.task:
+                server.lifespan.task.cancel()
 
 
 @contextlib.contextmanager
@@ -898,6 +904,10 @@ class Server:
             for task in self.tasks:
                 task.cancel()
             await self.all_ended(1.0)
+        self.end()
+
+    def end(self) -> None:
+        """What is left of connections ends now, and the ticker."""
         for connection in list(self.connections):
             connection.transport.abort()
         if self.ticker:

@@ -828,6 +828,50 @@ class TestServe:
         assert answer.startswith(b"HTTP/1.1 204 ") and b"connection: close" in answer
         assert app.seen == [LIFE[0], "answered", LIFE[1]]
 
+    @pytest.mark.parametrize("when", ["it starts up", "it is stopping"])
+    def test_cancelling_it_when(self, when):
+        """Nothing goes on without it. Cancelled again, as anyio does, it ends at once."""
+        log, port = [], free_port()
+
+        async def app(scope, receive, send):
+            if scope["type"] == "lifespan":
+                await receive()
+                if when == "it is stopping":
+                    await send({"type": "lifespan.startup.complete"})
+                try:
+                    started.set()
+                    await asyncio.Event().wait()
+                finally:
+                    log.append("the lifespan ends")
+            await send({"type": "http.response.start", "status": 204})
+            await send({"type": "http.response.body"})
+
+        async def main():
+            nonlocal started
+            started = asyncio.Event()
+            task = asyncio.create_task(server.serve(app, port=port))
+            await asyncio.wait_for(started.wait(), PATIENCE)
+            client = await asyncio.to_thread(Client, ("127.0.0.1", port))
+            with client:
+                if when == "it is stopping":
+                    client.send(GET)
+                    assert (await asyncio.to_thread(client.response))[0] == 204
+                    client.send(b"G")
+                    await asyncio.sleep(0.1)
+                    task.cancel()
+                    await asyncio.sleep(0)
+                task.cancel()
+                with pytest.raises(asyncio.CancelledError):
+                    await task
+                await asyncio.sleep(0.1)
+                assert log == ["the lifespan ends"]
+                assert asyncio.all_tasks() == {asyncio.current_task()}
+                with contextlib.suppress(ConnectionError):
+                    assert await asyncio.to_thread(client.read_all) == b""
+
+        started = None
+        asyncio.run(main())
+
     def test_signals_belong_to_whoever_runs_the_loop(self):
         async def main():
             started = asyncio.Event()
