@@ -612,7 +612,8 @@ def leave_within(seconds: float, code: int) -> threading.Timer:
 
     timer = threading.Timer(seconds, leave)
     timer.daemon = True
-    timer.start()
+    if threading.current_thread() is threading.main_thread():
+        timer.start()  # else the process is somebody else's
     return timer
 
 

@@ -802,6 +802,19 @@ class TestRun:
         assert codes == [0]
 
 
+    def test_a_run_in_another_thread_never_ends_the_process(self):
+        """An executor's job may outlast a stop; pytest ended with code 0 by it, and
+        with half of its tests."""
+        program = """
+import threading, time, server
+thread = threading.Thread(target=server.leave_within, args=(0.1, 7))
+thread.start(), thread.join(), time.sleep(0.3)
+print("it goes on")
+"""
+        done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True)
+        assert (done.returncode, done.stdout.strip()) == (0, b"it goes on")
+
+
 class TestServe:
     """From Python: an async form to use inside a running loop."""
 
