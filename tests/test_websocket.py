@@ -356,8 +356,9 @@ class TestScope:
         assert headers[:2] == [(b"host", b"x"), (b"upgrade", b"websocket")]
         assert scope == SCOPE
 
-    def test_behind_a_proxy_that_speaks_tls_the_scheme_is_wss(self):
-        data = handshake(X_Forwarded_For="192.0.2.7", X_Forwarded_Proto="https")
+    @pytest.mark.parametrize("proto", ["https", "wss"])  # Traefik says the latter
+    def test_behind_a_proxy_that_speaks_tls_the_scheme_is_wss(self, proto):
+        data = handshake(X_Forwarded_For="192.0.2.7", X_Forwarded_Proto=proto)
         with connecting(data, proxy_headers=True) as session:
             assert session.app.scope["scheme"] == "wss"
             assert session.app.scope["client"] == ("192.0.2.7", 0)
