@@ -1144,6 +1144,10 @@ class Waiting(enum.Enum):
     BODY = "the request body"  # between two parts of it
     CLIENT_TO_READ = "the client to read"  # between two looks that find progress
     CLIENT_TO_CLOSE = "the client to close"  # between two reads, and absolute
+    # And of a WebSocket:
+    PING = "our next ping"  # since the last byte
+    PONG = "its pong"  # or any other byte
+    CLOSE = "the client's Close"  # absolute
 
 
 class HTTPConnection(asyncio.Protocol):
@@ -1161,6 +1165,7 @@ class HTTPConnection(asyncio.Protocol):
         self.turn = 0  # how many there were
         self.template: Scope = {}  # the scope that gate.head made, for its repetition
         self.cycle: RequestResponseCycle | None = None
+        self.session: WebSocketSession | None = None  # takes the bytes, instead of h11
 
         # Flow control, and what is written together at the end of a turn of the loop.
         self.writable = asyncio.Event()
@@ -1240,6 +1245,9 @@ class HTTPConnection(asyncio.Protocol):
         self.deadline = 0.0
         if self.lingering:
             self.dropped += len(data)
+            return
+        if self.session is not None:
+            self.session.data_received(data)
             return
         gate = self.gate
         # A bytearray, from Windows' proactor loop before Python 3.13.
@@ -1355,6 +1363,9 @@ class HTTPConnection(asyncio.Protocol):
     def eof_received(self) -> bool:
         """The client said all it will say. It may still be listening: answer it."""
         self.gate.eof = True
+        if self.session is not None:
+            self.session.read_on()  # TLS may bring this with more than it takes at once
+            return False
         if self.lingering:
             return False  # that was what we waited for
         self.read()
@@ -1368,6 +1379,8 @@ class HTTPConnection(asyncio.Protocol):
         self.chunks.clear()
         if self.cycle is not None:
             self.cycle.client_left()
+        if self.session is not None:
+            self.eof_received()
         self.writable.set()
         self.server.connections.discard(self)
         self.server.something_ended.set()
@@ -1454,7 +1467,9 @@ class HTTPConnection(asyncio.Protocol):
         self.deadline = 0.0 if what is Waiting.CLIENT_TO_READ else self.end
         if self.end > now:
             return
-        if what in (Waiting.CLIENT_TO_READ, Waiting.CLIENT_TO_CLOSE):
+        if what is Waiting.PING:
+            self.session.ping()
+        elif what not in (Waiting.HEAD, Waiting.NEXT_REQUEST, Waiting.BODY):
             self.transport.abort()
         elif self.cycle is None and not self.gate.buffer:
             self.close()  # there is nothing to answer
@@ -1464,12 +1479,13 @@ class HTTPConnection(asyncio.Protocol):
     def waits_for(self, now: float) -> tuple[Waiting, int, float]:
         """What for, a number that changes with progress within it, and how long."""
         conn, config = self.conn, self.server.config
-        unsent = self.unsent()
-        if not self.writable.is_set() or (unsent and self.cycle is None):
+        if unsent := self.unsent():
             return Waiting.CLIENT_TO_READ, unsent, SEND_TIMEOUT
         if self.lingering:
             seconds = min(LINGER, self.linger_end - now)
             return Waiting.CLIENT_TO_CLOSE, self.dropped, seconds
+        if self.session is not None:
+            return self.session.waits_for()
         if self.cycle is None and (self.gate.buffer or self.turn == 0):
             return Waiting.HEAD, 0, config.timeout_request_head
         if self.cycle is None:
@@ -1566,6 +1582,8 @@ class HTTPConnection(asyncio.Protocol):
             if what is not Waiting.CLIENT_TO_READ:
                 # A client's close_notify, under TLS, is not worth a longer wait.
                 self.loop.call_later(CLOSE_NOTIFY, self.transport.abort)
+        elif self.session is not None:
+            self.session.go_away()
 
     def hang_up(self) -> None:
         """Half of the grace is over: streams learn it as a client that left."""
@@ -1896,7 +1914,7 @@ class RequestResponseCycle:
     ) -> None:
         # All of it here, also what few requests change: a default in the class would
         # keep Python from specializing each look at it (PEP 659): 2 % of a request. But
-        # a session has 30 attributes, and instances share the names of no more.
+        # Python does that for 30 attributes at most, and a session has 28.
         self.connection = connection
         self.request = request
         self.client = scope["client"]
@@ -2241,7 +2259,7 @@ def bytes_only(fields: Iterable) -> list[tuple[bytes, bytes]]:
 #
 # A request that asks for an upgrade starts like any other: h11 reads it, the app is
 # called, and until it accepts it may still answer as for HTTP. Once it has accepted,
-# the session takes the transport over from the connection.
+# the connection hands on to the session what it would have passed to h11.
 
 CLOSE_TIMEOUT = 10.0  # seconds for the client's half of the closing handshake
 NO_CODE, NO_CLOSE, TOO_BIG, APP_FAILED, RESTART = 1005, 1006, 1009, 1011, 1012
@@ -2296,8 +2314,8 @@ def size_of(message: Message) -> int:
     return EMPTY_MESSAGE + len(message.get("text") or message.get("bytes") or ())
 
 
-class WebSocketSession(RequestResponseCycle, asyncio.Protocol):
-    """One WebSocket: a request until the app accepts, from then on a protocol."""
+class WebSocketSession(RequestResponseCycle):
+    """One WebSocket: a request until the app accepts, from then on messages."""
 
     def __init__(
         self, connection: HTTPConnection, request: h11.Request, scope: Scope
@@ -2312,10 +2330,8 @@ class WebSocketSession(RequestResponseCycle, asyncio.Protocol):
         self.messages_size = 0
         self.disconnect: Message = {"type": "websocket.disconnect", "code": NO_CLOSE}
 
-        self.decoder: FrameDecoder | None = None
-        self.deadline = math.inf  # of the next ping, its pong, or the end of a close
-        self.pinged = False
-        self.unsent = math.inf  # bytes, at the last look
+        self.decoder: FrameDecoder | None = None  # while it is open, or closing
+        self.pinged = False  # and nothing has come in since
 
     async def run(self, scope: Scope) -> None:
         await super().run(scope)
@@ -2409,20 +2425,18 @@ class WebSocketSession(RequestResponseCycle, asyncio.Protocol):
         self.log_access(101)
         self.take_over(deflate)
         if server.stopping.is_set():
-            self.close_if_idle()
+            self.go_away()
 
     def take_over(self, deflate: Deflate | None) -> None:
-        connection, server = self.connection, self.connection.server
-        self.decoder = FrameDecoder(server.config.ws_max_size, deflate)
+        connection = self.connection
+        self.decoder = FrameDecoder(connection.server.config.ws_max_size, deflate)
         connection.flush()
-        server.connections.discard(connection)
-        server.connections.add(self)
-        self.transport.set_protocol(self)  # walk: ws 3
-        self.connection.below.resume_reading()
+        connection.session = self  # walk: ws 3
+        connection.below.resume_reading()
         eager, connection.gate.buffer = connection.gate.buffer, b""  # sent too soon
-        self.data_received(eager)
+        connection.data_received(eager)
         if connection.gate.eof:
-            self.eof_received()
+            connection.eof_received()
 
     def send_message(self, message: Message) -> None:
         text, data = message.get("text"), message.get("bytes")
@@ -2447,14 +2461,13 @@ class WebSocketSession(RequestResponseCycle, asyncio.Protocol):
         self.transport.write(encode_frame(Opcode.CLOSE, payload))  # walk: ws 8
         self.phase = WebSocketState.CLOSING
         self.connection.loop.call_soon(self.read_on)  # theirs may wait behind a backlog
-        self.deadline = self.connection.loop.time() + CLOSE_TIMEOUT
+        self.connection.deadline = 0.0
 
-    # The client's side: the transport's callbacks.
+    # The client's side: what the connection hands on.
 
     def data_received(self, data: bytes) -> None:
-        if self.phase is WebSocketState.CLOSED:
-            return
-        self.expect_something()
+        self.arrived += len(data)
+        self.pinged = False
         try:
             for opcode, payload in self.decoder.decode(data, FRAMES_AT_ONCE):
                 self.frame_received(opcode, payload)
@@ -2473,8 +2486,9 @@ class WebSocketSession(RequestResponseCycle, asyncio.Protocol):
     def read_on(self) -> None:
         """Take in what was left when we stopped, before more of it is read: in a turn
         of its own, for the others' sake."""
-        if self.decoder is not None and not self.is_full():  # else receive does
+        if self.phase is not WebSocketState.CLOSED and not self.is_full():
             self.connection.below.resume_reading()
+            self.connection.deadline = 0.0
             self.data_received(b"")
 
     def is_full(self) -> bool:
@@ -2501,6 +2515,8 @@ class WebSocketSession(RequestResponseCycle, asyncio.Protocol):
         """The client has said Close, or cannot go on: reply if it is the first to say
         so, with its code (RFC 6455 §5.5.1). Then the server ends the connection first
         (RFC 6455 §7.1.1), in stages as for HTTP."""
+        if self.phase is WebSocketState.CLOSED:
+            return
         if self.phase is WebSocketState.OPEN and not self.gone:
             self.client_left()
             if code != NO_CLOSE:
@@ -2509,54 +2525,28 @@ class WebSocketSession(RequestResponseCycle, asyncio.Protocol):
         self.phase = WebSocketState.CLOSED
         self.decoder = None  # zlib's windows, while the app lingers
         self.disconnect.update(code=code, reason=reason)
-        self.connection.close()
-        self.deadline = self.connection.loop.time() + LINGER
         self.changed()
+        self.connection.close()
 
-    def eof_received(self) -> bool:
-        self.connection.gate.eof = True
-        self.read_on()  # TLS may bring the end together with more than we take at once
-        return False
+    # Deadlines, and the end of the server.
 
-    def connection_lost(self, exc: Exception | None) -> None:
-        self.connection.server.connections.discard(self)
-        self.connection.connection_lost(exc)
-        self.eof_received()
+    def waits_for(self) -> tuple[Waiting, int, float]:
+        """The last rows of HTTPConnection.waits_for."""
+        config = self.connection.server.config
+        if self.phase is WebSocketState.CLOSING:
+            return Waiting.CLOSE, 0, CLOSE_TIMEOUT
+        if not self.connection.below.is_reading():
+            return Waiting.APP, 0, math.inf
+        if self.pinged:
+            return Waiting.PONG, 0, config.ws_ping_timeout or math.inf
+        return Waiting.PING, self.arrived, config.ws_ping_interval or math.inf
 
-    def pause_writing(self) -> None:
-        self.connection.writable.clear()
-        self.deadline = self.connection.loop.time() + SEND_TIMEOUT
-        self.unsent = math.inf
+    def ping(self) -> None:
+        self.pinged = True  # walk: ws 7
+        self.connection.deadline = 0.0
+        self.transport.write(encode_frame(Opcode.PING, b""))
 
-    def resume_writing(self) -> None:
-        self.connection.writable.set()
-        self.expect_something()
-
-    # What the server asks of everything in `connections`.
-
-    def expect_something(self) -> None:
-        """The next ping is due so long after the last byte from the client."""
-        if self.phase is WebSocketState.OPEN:
-            interval = self.connection.server.config.ws_ping_interval or math.inf
-            self.deadline = self.connection.loop.time() + interval
-            self.pinged, self.unsent = False, math.inf
-
-    def look(self, now: float) -> None:
-        unsent = self.connection.unsent()
-        if 0 < unsent < self.unsent:  # it reads, slowly: our ping may not be there yet
-            self.deadline = now + SEND_TIMEOUT
-        elif unsent or self.pinged or self.phase is not WebSocketState.OPEN:
-            self.transport.abort()  # neither a pong, nor anything else
-        elif self.connection.below.is_reading():
-            self.pinged = True  # walk: ws 7
-            timeout = self.connection.server.config.ws_ping_timeout or math.inf
-            self.deadline = now + timeout
-            self.transport.write(encode_frame(Opcode.PING, b""))
-        else:
-            self.expect_something()  # it is our app that does not read
-        self.unsent = unsent or math.inf
-
-    def close_if_idle(self) -> None:
+    def go_away(self) -> None:
         """The server stops: 1012, "Service Restart", tells the client to come back."""
         if self.phase is WebSocketState.OPEN:
             self.start_close(RESTART)
@@ -2937,10 +2927,9 @@ def shown(value: Any) -> str:
 class Wire:
     """Stands before a protocol or a transport, and records what passes."""
 
-    def __init__(self, behind: Any, trace: Trace, facing: Wire | None = None) -> None:
+    def __init__(self, behind: Any, trace: Trace) -> None:
         self.behind = behind
         self.trace = trace
-        self.facing = facing  # a transport's is the protocol, which may be replaced
 
     def __getattr__(self, name: str) -> Any:
         if name not in TO_APP + TO_CLIENT:
@@ -2955,15 +2944,12 @@ class Wire:
         return call
 
     def connection_made(self, transport: asyncio.Transport) -> None:
-        self.behind.connection_made(Wire(transport, self.trace, self))
+        self.behind.connection_made(Wire(transport, self.trace))
         self.trace.record("wire", "->", f"connection_made by {self.behind.peer}")
         found = {"trace": self.trace, "listeners": self.trace.listeners}
         extensions = self.behind.scope["extensions"]
         extensions["foal.trace"] = found
         extensions.pop("http.response.pathsend", None)
-
-    def set_protocol(self, protocol: asyncio.Protocol) -> None:
-        self.facing.behind = protocol
 
 
 class TracedH11(h11.Connection):

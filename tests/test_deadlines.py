@@ -323,6 +323,23 @@ class TestReadingClient:
             until(s, lambda: s.server.connections)
             until(s, lambda: not s.server.connections)
 
+    def test_so_is_one_that_leaves_a_little_of_a_stream(self, listener):
+        """What if it is too little for `send` to wait, and the app has no more?"""
+
+        async def app(scope, receive, send):
+            (connection,) = s.server.connections
+            connection.transport.set_write_buffer_limits(100_000_000)
+            part = {"type": "http.response.body", "body": bytes(20_000_000)}
+            await send({"type": "http.response.start", "status": 200})
+            await send({**part, "more_body": True})
+            while (await receive())["type"] != "http.disconnect":
+                pass
+
+        with serving(app, listener=listener) as s, s.connect() as c:
+            c.send(GET)
+            until(s, lambda: s.server.connections)
+            until(s, lambda: not s.server.connections)
+
     def test_the_end_of_an_upload_does_not_excuse_it(self, listener):
         """What if the deadline of the body that arrives replaced the one that runs?"""
 

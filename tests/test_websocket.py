@@ -156,11 +156,7 @@ class Session:
 
     def own(self) -> server.WebSocketSession:
         """What the server keeps for it."""
-        return next(
-            c
-            for c in self.running.server.connections
-            if isinstance(c, server.WebSocketSession)
-        )
+        return next(c.session for c in self.running.server.connections if c.session)
 
 
 @contextlib.contextmanager
@@ -1036,11 +1032,13 @@ class TestClosingHandshake:
         with opened(ws_ping_interval=0) as session:
             session.send(SAY_CLOSE)
             own = session.own()
-            deadline = session.running.call(lambda: own.deadline)
+            wait_for_ticks(session.running, 2)
+            end = session.running.call(lambda: own.connection.end)
             session.client.say(TEXT, b"drip")
             session.client.say(PING)
             session.client.take(6)  # the Close, and a Pong: both have been read
-            assert session.running.call(lambda: own.deadline) == deadline
+            wait_for_ticks(session.running, 2)
+            assert session.running.call(lambda: own.connection.end) == end
             assert session.client.end() == b""
 
     def test_a_client_that_answers_and_stays_is_dropped(self, quick, monkeypatch):
@@ -1078,11 +1076,13 @@ class TestClosingHandshake:
             if ended:
                 session.client.say(CLOSE, BYE)
                 until(session.running, lambda: own.phase.name == "CLOSED")
-            deadline = session.running.call(lambda: own.deadline)
+            wait_for_ticks(session.running, 2)
+            end = session.running.call(lambda: own.connection.end)
             while session.receive()["type"] != "websocket.disconnect":
                 if not ended and not own.messages:
                     break
-            assert session.running.call(lambda: own.deadline) == deadline < 1e12
+            wait_for_ticks(session.running, 2)
+            assert session.running.call(lambda: own.connection.end) == end < 1e12
 
     @pytest.mark.parametrize("data, code", BROKEN.values(), ids=BROKEN)
     def test_who_breaks_the_protocol_is_told_the_code(self, data, code, log):
@@ -1413,8 +1413,8 @@ class TestBackPressure:
             client.read_until(b"HTTP/1.1 101 ")
 
             def full():
-                (session,) = running.server.connections
-                return not session.connection.writable.is_set()
+                (connection,) = running.server.connections
+                return not connection.writable.is_set()
 
             until(running, full)
             assert len(sent) < 200
