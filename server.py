@@ -898,7 +898,8 @@ class Server:
         if not await self.all_ended(half):
             logger.info("still running: %d; telling them to end", len(self.tasks))
             for connection in self.connections:
-                connection.hang_up()
+                if connection.cycle is not None:  # to a stream it is a client that left
+                    connection.cycle.hang_up()
         if not await self.all_ended(half):
             logger.warning("still running: %d; cancelling them", len(self.tasks))
             for task in self.tasks:
@@ -1581,11 +1582,6 @@ class HTTPConnection(asyncio.Protocol):
                 self.loop.call_later(CLOSE_NOTIFY, self.transport.abort)
         elif self.session is not None:
             self.session.go_away()
-
-    def hang_up(self) -> None:
-        """Half of the grace is over: streams learn it as a client that left."""
-        if self.cycle is not None:
-            self.cycle.hang_up()
 
 
 def excerpt(data: bytes) -> str:
