@@ -1445,10 +1445,8 @@ class HTTPConnection(asyncio.Protocol):
             self.close()  # with part of the request unread, too (RFC 9112 §9.3)
             return
         self.deadline = 0.0
-        if self.gate.buffer or self.gate.eof:
-            self.read()
-        if not self.below.is_reading():
-            self.limit_reading()
+        if self.gate.buffer or self.gate.eof or not self.below.is_reading():
+            self.read_on()
 
     # Deadlines: one at a time. The hot path only notes that something has happened.
 
