@@ -1475,7 +1475,9 @@ class HTTPConnection(asyncio.Protocol):
     def waits_for(self, now: float) -> tuple[Waiting, int, float]:
         """What for, a number that changes with progress within it, and how long."""
         conn, config = self.conn, self.server.config
-        if unsent := self.unsent():
+        # What the kernel has not yet taken from us, below TLS and above.
+        transports = {self.transport, self.below}  # without TLS they are one
+        if unsent := sum(t.get_write_buffer_size() for t in transports):
             return Waiting.CLIENT_TO_READ, unsent, SEND_TIMEOUT
         if self.lingering:
             seconds = min(LINGER, self.linger_end - now)
@@ -1490,11 +1492,6 @@ class HTTPConnection(asyncio.Protocol):
             if not conn.they_are_waiting_for_100_continue:
                 return Waiting.BODY, self.cycle.arrived, config.timeout_request_body
         return Waiting.APP, 0, math.inf
-
-    def unsent(self) -> int:
-        """How many bytes the kernel has not yet taken from us."""
-        transports = {self.transport, self.below}  # without TLS they are one
-        return sum(transport.get_write_buffer_size() for transport in transports)
 
     # Endings.
 

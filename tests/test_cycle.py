@@ -392,7 +392,7 @@ class TestStream:
 
             async def part():
                 await send(body(b"x" * 2**18, more=True))
-                unsent.append(connection.unsent())
+                unsent.append(connection.transport.get_write_buffer_size())
 
             await send(START)
             await asyncio.gather(*(part() for _ in range(20)))
