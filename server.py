@@ -75,7 +75,7 @@ except ModuleNotFoundError:
 
 if __name__ == "__main__":
     # Run the importable twin of this file: apps and workers meet the same classes. Here
-    # and not at the end, because nobody needs what follows twice: 5 ms.
+    # and not at the end, because to make twice what follows takes 5 ms.
     sys.path.append(os.path.dirname(os.path.abspath(__file__)))  # python -P lacks it
     import server
 
@@ -339,7 +339,7 @@ def configure_logging(config: Config, worker: bool = False) -> None:
 
 class LogHandler(logging.StreamHandler):
     """Lines on standard error. Those about requests leave with their answers, at the
-    end of this turn of the loop, in one system call: 9 µs a line."""
+    end of this turn of the loop, in one system call, which saves 9 µs a line."""
 
     together = 4096  # bytes at most: a pipe takes so many in one piece (pipe(7))
 
@@ -389,8 +389,9 @@ def check_surroundings(config: Config) -> None:
         raise StartupError(f'h11 {h11.__version__} is too old; pip install "h11>=0.16"')
     tls_options(config)
     processes = sys.modules.get("multiprocessing")
-    if processes and processes.current_process().name == "foal worker":  # workers.NAME
-        # A spawned worker imports the script that started us (uvicorn #949, #1045).
+    if processes and processes.current_process().name == "foal worker":
+        # That is workers.NAME. A spawned worker imports the script that started us
+        # (uvicorn #949, #1045), and that one has called us again.
         raise StartupError('put server.run(…) below: if __name__ == "__main__":')
     if config.shared and not isinstance(config.app, str):
         raise StartupError("workers import the app: pass its MODULE:ATTRIBUTE")
@@ -506,7 +507,9 @@ def serve_in_worker(
     import workers
 
     workers.ignore_group_signals()  # walk: worker 2
-    if config.reload:  # compiled files are known by a second and a size alone
+    if config.reload:
+        # A compiled file is matched to its source by a second and a size alone, and two
+        # saves within one second may be equally long.
         sys.dont_write_bytecode = True
     for listener in listeners:
         listener.set_inheritable(False)  # spawn had to make it so (PEP 446)
@@ -716,8 +719,8 @@ def app_traceback(exc: BaseException) -> str:
 #
 # One process lives: start up, accept, wait, stop accepting, finish, shut down. The
 # server also keeps what would otherwise be done for every request: one ticker looks at
-# all deadlines and refreshes the Date field, and equal response heads are validated
-# once.
+# all deadlines and refreshes the Date field, the answers of one turn of the loop are
+# written together, and equal response heads are validated once.
 
 TICK = 0.25  # seconds: how late a deadline may be noticed
 ACCEPTED_AT_ONCE = 32  # some 3 ms; then others have their turn
@@ -963,8 +966,9 @@ class Server:
     def response(self, status: int, fields: list) -> tuple[h11.Response, int | None]:
         """A response event with our own fields added, and its Content-Length.
 
-        Equal ones are validated once: 9 µs a request. h11 says what is wrong with
-        others, by LocalProtocolError; TypeError if a name or value is not bytes."""
+        Equal ones are validated once, which saves 9 µs a request. What is wrong with
+        one raises h11.LocalProtocolError; a name or value that is not bytes, TypeError.
+        """
         if not isinstance(status, int) or status is True:
             raise TypeError(f"status must be an int, not {status!r}")
         key = (status, *fields)
@@ -1137,7 +1141,7 @@ READABLE = (h11.IDLE, h11.SEND_BODY)  # the client's states in which bytes go to
 class Waiting(enum.Enum):
     """What a connection waits for: which deadline runs now, and what its end means."""
 
-    APP = "the app"  # without end
+    APP = "the app"  # to answer, or to take in what has arrived: without end
     HEAD = "a request head"  # absolute, from the connection or the first byte on
     NEXT_REQUEST = "the next request"  # absolute
     BODY = "the request body"  # between two parts of it
@@ -1162,7 +1166,7 @@ class HTTPConnection(asyncio.Protocol):
 
         # For each request.
         self.turn = 0  # how many there were
-        self.template: Scope = {}  # the scope that gate.head made, for its repetition
+        self.template: Scope = {}  # made of gate.head, for the same head again
         self.cycle: RequestResponseCycle | None = None
         self.session: WebSocketSession | None = None  # takes the bytes, instead of h11
 
@@ -1309,7 +1313,7 @@ class HTTPConnection(asyncio.Protocol):
                 self.cycle.changed()  # their_state says that the body has arrived
                 return
             if gate.part is LENGTH:
-                return  # more has to arrive, and h11 need not be asked: 1 µs
+                return  # more has to arrive: not to ask h11 saves 1 µs
 
     def start_request(self, request: h11.Request) -> None:
         """Start the app in a task of its own.
@@ -1451,8 +1455,8 @@ class HTTPConnection(asyncio.Protocol):
     # Deadlines: one at a time. The hot path only notes that something has happened.
 
     def look(self, now: float) -> None:
-        """Called by the server's ticker. A wait that is new gets its end; one that goes
-        on keeps it, however much drips in."""
+        """Called by the ticker, and when the server stops. A wait that is new gets its
+        end; one that goes on keeps it, however much drips in."""
         what, progress, seconds = self.waits_for(now)
         if (what, self.turn, progress) != self.waiting:
             self.waiting = what, self.turn, progress
@@ -2220,7 +2224,7 @@ class RequestResponseCycle:
             self.sent,
             1000 * (server.loop.time() - self.started),
         )
-        # Not access_logger.info, which looks up this line's number: 2 µs.
+        # Not access_logger.info, which takes 2 µs to look up this line's number.
         record = access_logger.makeRecord(
             access_logger.name, logging.INFO, __file__, 0, ACCESS_LINE, values, None
         )
@@ -2550,6 +2554,14 @@ SMALLEST_DEFLATED = 64  # bytes; less does not get shorter
 WINDOW_BITS = 15  # of zlib, negative for data without its header
 FRAMES_AT_ONCE = 200  # some 2 ms; then others have their turn
 MASK_BLOCK = 4096  # bytes: masked as one number, which should fit the fastest cache
+MOST_STREAMS = 16  # of zlib in one part of a message; nobody sends two
+ACCEPTABLE = {  # parameters of permessage-deflate (RFC 7692 §7.1)
+    "server_no_context_takeover",
+    "client_no_context_takeover",
+    "client_max_window_bits",
+    *(f"client_max_window_bits={bits}" for bits in range(8, 16)),
+    *(f"server_max_window_bits={bits}" for bits in range(9, 16)),  # zlib has no 8
+}
 
 
 class Opcode(enum.IntEnum):
@@ -2780,16 +2792,6 @@ class Deflate:
         if last and self.forget_theirs:
             self.decompressor = None
         return inflated
-
-
-MOST_STREAMS = 16  # in one part of a message; nobody sends two
-ACCEPTABLE = {  # parameters (RFC 7692 §7.1)
-    "server_no_context_takeover",
-    "client_no_context_takeover",
-    "client_max_window_bits",
-    *(f"client_max_window_bits={bits}" for bits in range(8, 16)),
-    *(f"server_max_window_bits={bits}" for bits in range(9, 16)),  # zlib has no 8
-}
 
 
 # ─────────────────────────────────────────────────────────────────────── 9. Trace ──

@@ -39,7 +39,7 @@ SILENCE = 5.0  # seconds without "alive" until the log says so
 TERMINATED = 2.0  # seconds that a worker is given between terminate and kill
 STABLE = 10.0  # seconds after which a death is no longer one of a series
 LONGEST_DELAY = 30.0  # seconds between two attempts at a worker that keeps dying
-# Of what Ctrl-C or Ctrl-Break ends on Windows; it reaches us, too, perhaps a bit later.
+# Of a worker that Ctrl-C or Ctrl-Break ended, on Windows; it reaches us a bit later.
 CONTROL_C_EXIT = 0xC000013A
 
 logger = logging.getLogger("server.workers")
@@ -228,7 +228,7 @@ class Supervisor:
             worker.stop(0 if worker.state is State.STARTING else self.grace)
 
     def restart(self, reason: str) -> None:
-        """Replace all workers, one by one; those that are starting know old code."""
+        """Replace all workers, one by one; those that start may have read old code."""
         logger.info("%s: replacing workers", reason)
         self.waiting_for_change = False
         self.deaths, self.not_before = 0, 0.0

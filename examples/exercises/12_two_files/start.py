@@ -24,8 +24,7 @@ def lift(text: str) -> tuple[str, str]:
 
 
 def cut(text: str) -> tuple[str, str, str]:
-    """Chapters 1 to 6, chapters 7 and 8, and what follows: to the lines that start the
-    program."""
+    """The start and chapters 1 to 6; chapters 7 and 8; and what follows."""
     start, end = (re.search(rf"(?m)^# ─+ {n}\. .* ──$", text).start() for n in (7, 9))
     return text[:start], text[start:end], text[end:]
 

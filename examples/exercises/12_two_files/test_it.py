@@ -10,7 +10,7 @@ import pytest
 from foal_tools import ROOT
 
 TESTS = ("tests/test_frames.py", "tests/test_websocket.py", "tests/test_the_book.py")
-# The quick ones, and none that replaces a number of server.py's (README, "Build").
+# The quick ones, and none that replaces a number of server.py's (README, "Check").
 CLASSES = (
     "TestExamples or TestEncode or TestMask or TestFailFast or TestUTF8 or TestClose or "
     "TestNegotiation or TestContext or TestOpeningHandshake or TestScope or TestAccept or "
