@@ -2184,12 +2184,13 @@ class RequestResponseCycle:
 
     async def send_read(self, file: BinaryIO, size: int) -> int:
         """The same over TLS, where a file has to pass through Python in any case."""
-        data = file.read(size)
-        self.connection.write(data)
-        self.connection.flush()
+        connection, data = self.connection, file.read(size)
+        connection.write(data)
+        connection.flush()
         await asyncio.sleep(0)  # a turn of the loop, to notice a client that leaves
-        await self.connection.writable.wait()
-        if self.gone or self.connection.transport.is_closing():
+        await connection.writable.wait()
+        ended = connection.gate.eof  # TLS has no half of an end
+        if self.gone or ended or connection.transport.is_closing():
             raise ConnectionError
         return len(data)
 
