@@ -2477,7 +2477,7 @@ class WebSocketSession(RequestResponseCycle):
 
     def read_on(self) -> None:
         """Take in what was left when we stopped, before more of it is read: in a turn
-        of its own, for the others' sake."""
+        of its own, for the others' sake. With too much unread, it is receive's turn."""
         if self.phase is not WebSocketState.CLOSED and not self.is_full():
             self.connection.below.resume_reading()
             self.connection.deadline = 0.0
