@@ -208,6 +208,8 @@ class Supervisor:
     def act_on_signals(self) -> None:
         while self.signals:
             number = self.signals.pop(0)
+            if number in self.signals:
+                continue  # timeout(1) tells us, and our process group: that is once
             name = signal.Signals(number).name
             if name == "SIGHUP" and self.on_terminal == os.isatty(2):
                 if self.exit_code is None:

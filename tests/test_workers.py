@@ -459,6 +459,13 @@ class TestStopping:
         s.stop(0)
         s.turn()
 
+    def test_the_same_signal_twice_at_once_is_one(self, supervise):
+        """timeout(1) sends it to its child, and at once to the process group."""
+        s = supervise(obey)
+        s.signals += [signal.SIGTERM, signal.SIGTERM]
+        s.act_on_signals()
+        assert s.exit_code == 0
+
     @POSIX_ONLY
     @pytest.mark.parametrize("before, code", [(True, 0), (False, None)])
     def test_a_hangup_is_a_restart_unless_the_terminal_is_gone(
