@@ -205,4 +205,6 @@ def describe(listener: socket.socket, scheme: str) -> str:
         return f"{scheme}://[{name[0]}]:{name[1]}"
     if listener.family == socket.AF_INET:
         return f"{scheme}://{name[0]}:{name[1]}"
-    return f"unix:{os.fsdecode(name)}"
+    if isinstance(name, tuple):
+        return f"{listener.family.name} {name}"  # adopted, as one of a virtual machine
+    return "unix:" + os.fsdecode(name).replace("\0", "@")  # man 7 unix, "abstract"

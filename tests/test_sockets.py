@@ -338,6 +338,23 @@ class TestDescribe:
         listener = keep(sockets.bind_unix(path, 5)[0])
         assert sockets.describe(listener, "http") == f"unix:{path}"
 
+    @pytest.mark.skipif(sys.platform != "linux", reason="only Linux has such names")
+    def test_an_abstract_one_is_shown_as_others_show_it(self, keep):
+        given = socket.socket(socket.AF_UNIX)
+        given.bind(f"\0foal {os.getpid()}")
+        listener = keep(sockets.adopt(given.detach(), 5))
+        assert sockets.describe(listener, "http") == f"unix:@foal {os.getpid()}"
+
+    @pytest.mark.skipif(not hasattr(socket, "AF_VSOCK"), reason="no such sockets here")
+    def test_one_of_another_family_has_an_address_too(self, keep):
+        try:
+            given = socket.socket(socket.AF_VSOCK)
+            given.bind((socket.VMADDR_CID_ANY, socket.VMADDR_PORT_ANY))
+        except OSError as exc:
+            pytest.skip(f"no such sockets here: {exc}")
+        listener = keep(sockets.adopt(given.detach(), 5))
+        assert sockets.describe(listener, "http").startswith("AF_VSOCK (")
+
     @pytest.mark.parametrize("host", BOTH)
     def test_an_adopted_listener_is_shown_like_our_own(self, keep, host):
         given = bound(host)
