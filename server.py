@@ -247,8 +247,9 @@ class Config:
                 raise ValueError(f"{flag_of(field)} must be {names}, not {value!r}")
         if self.ssl_keyfile and not self.ssl_certfile:
             raise ValueError("--ssl-keyfile needs --ssl-certfile")
-        if self.port > 65535:
-            raise ValueError(f"--port must be at most 65535, not {self.port}")
+        for name, most in ("port", 65535), ("fd", 2**31 - 1), ("backlog", 2**31 - 1):
+            if (getattr(self, name) or 0) > most:
+                raise ValueError(f"--{name} must be at most {most}")
         # Called now, so that what is wrong with them is said before anything is done.
         for check in (self.loop_choice, self.extra_headers, self.trusted_proxies):
             check()

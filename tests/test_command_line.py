@@ -138,6 +138,8 @@ class TestBadArguments:
             (["main:app", "--port", "65536"], "--port"),
             (["main:app", "--fd", "-1"], "--fd"),
             (["main:app", "--backlog", "0"], "--backlog"),
+            (["main:app", "--backlog", "2147483648"], "--backlog"),
+            (["main:app", "--fd", "2147483648"], "--fd"),
             (["main:app", "--lifespan", "maybe"], "--lifespan"),
             (["main:app", "--log-level", "loud"], "--log-level"),
             (["main:app", "--limit-concurrency", "0"], "--limit-concurrency"),
