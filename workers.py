@@ -150,7 +150,7 @@ class Worker:
         whether the process is still there, as os.kill does not (uvicorn #684)."""
         if self.steps and time.monotonic() >= self.next_step:
             step = self.steps.pop()
-            logger.warning("%s ignores its stop: %s", self, step.__name__)
+            logger.warning("%s has not left yet: %s", self, step.__name__)
             step()
             self.next_step = time.monotonic() + TERMINATED
 
