@@ -1536,13 +1536,16 @@ class HTTPConnection(asyncio.Protocol):
         self.flush()
         self.gate.buffer = b""
         self.lingering = True
-        self.deadline = 0.0
-        self.linger_end = self.loop.time() + LINGER_TOTAL
+        self.deadline, self.waiting = 0.0, None
+        stopping = self.server.stopping.is_set()
+        # A client's close_notify, under TLS, is not worth a longer wait then.
+        patience = CLOSE_NOTIFY if stopping else LINGER_TOTAL
+        self.linger_end = self.loop.time() + patience
         if self.transport.is_closing():
             return  # asyncio's TLS does not bear a second close: it forgets its socket
         if self.below is not self.transport:
             self.below.resume_reading()  # for the client's close_notify
-        if self.gate.eof or self.server.stopping.is_set():
+        if self.gate.eof or stopping:
             self.transport.close()
         else:
             try:
@@ -1577,9 +1580,6 @@ class HTTPConnection(asyncio.Protocol):
             self.deadline = self.end = min(self.end, now + FIRST_REQUEST)
         elif self.cycle is None:
             self.close()
-            if what is not Waiting.CLIENT_TO_READ:
-                # A client's close_notify, under TLS, is not worth a longer wait.
-                self.loop.call_later(CLOSE_NOTIFY, self.transport.abort)
         elif self.session is not None:
             self.session.go_away()
 

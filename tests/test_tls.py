@@ -778,6 +778,26 @@ class TestStopping:
         assert errors(log) == []
         assert not any("still running" in record.getMessage() for record in log.records)
 
+    def test_nor_does_who_gets_it_meanwhile(self, log):
+        """A pool keeps a connection, and looks at it when it next needs one."""
+        go, started = asyncio.Event(), threading.Event()
+
+        async def app(scope, receive, send):
+            await send(START)
+            await send(body(b"a", more=True))
+            started.set()
+            await go.wait()
+            await send(END)
+
+        with serve(app) as running, secure(running) as client:
+            client.send(GET)
+            assert started.wait(PATIENCE)
+            running.call(running.server.stop, "test")
+            running.call(go.set)
+            running.thread.join(PATIENCE)
+            assert client.response()[2] == b"a"
+        assert not any("still running" in record.getMessage() for record in log.records)
+
     @pytest.mark.skipif(os.name == "nt", reason="a proactor accepts by itself")
     def test_a_handshake_that_goes_on_becomes_a_request(self, monkeypatch):
         """A worker that is replaced, for one, must lose none of them."""
