@@ -1933,7 +1933,7 @@ class RequestResponseCycle:
         self.since_turn = 0  # bytes sent, as messages count, since others had a turn
 
     async def run(self, scope: Scope) -> None:
-        """The life of a request. Never raises: nobody awaits its task."""
+        """The life of a request. Raises only what `explain` does: asyncio tells it."""
         server = self.connection.server
         try:
             await server.app(scope, self.receive, self.send)  # walk: 6
@@ -1943,9 +1943,13 @@ class RequestResponseCycle:
             self.explain(exc)
         finally:
             server.tasks.discard(self.task)
+            self.finish()
+
+    def finish(self) -> None:
+        """The app has ended. If it has not answered, we do."""
         if self.state is COMPLETE:
             return
-        if server.stopping.is_set():
+        if self.connection.server.stopping.is_set():
             self.connection.refuse(503)
         elif not self.hung_up:
             self.connection.refuse(500)
@@ -2103,9 +2107,9 @@ class RequestResponseCycle:
             data = b"".join([data, *connection.frame()])
         connection.write(data + connection.conn.send(end))
         self.state = COMPLETE
-        self.log_access(self.response.status_code)
         self.changed()
         connection.response_ended()
+        self.log_access(self.response.status_code)  # may raise what a filter raises
 
     def send_trailers(self, message: Message) -> None:
         """ASGI extension "HTTP Trailers": fields behind a chunked body."""
@@ -2326,8 +2330,8 @@ class WebSocketSession(RequestResponseCycle):
         self.decoder: FrameDecoder | None = None  # while it is open, or closing
         self.pinged = False  # and nothing has come in since
 
-    async def run(self, scope: Scope) -> None:
-        await super().run(scope)
+    def finish(self) -> None:
+        super().finish()
         if self.phase is WebSocketState.OPEN and not self.gone:
             self.start_close(self.close_code)
 

@@ -327,5 +327,29 @@ class TestLog:
         lines = gone(lambda exc: ExceptionGroup("mixed", [exc, other]), log)
         assert [line for line in lines if "mine" in line]
 
+    def test_what_cannot_be_told_is_answered(self):
+        """What if a library raises a SyntaxError whose text is bytes, or a log handler
+        raises in its turn? traceback.format_exception fails then, and so do we."""
+
+        def wrong():
+            return SyntaxError("mine", ("file", 1, 1, b"text"))
+
+        with serve(failing([], wrong)) as running:
+            assert running.talk(GET).startswith(b"HTTP/1.1 500 ")
+
+    def test_a_filter_that_raises_does_not_stop_the_connection(self, log):
+        """What if it stands on the access log, and knows another server's records?"""
+        broken = {}.__getitem__
+        server.access_logger.addFilter(broken)
+        try:
+            app = failing([start(length(0)), END], None)
+            with serve(app) as running, running.connect() as client:
+                for _ in range(2):
+                    client.send(GET)
+                    assert client.response()[0] == 200
+        finally:
+            server.access_logger.removeFilter(broken)
+        assert log.text.count("KeyError") == 2
+
     def test_client_disconnected_is_an_oserror(self):
         assert issubclass(server.ClientDisconnected, OSError)
