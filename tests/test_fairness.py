@@ -11,6 +11,7 @@ import socket
 
 import pytest
 from conftest import GET, PATIENCE, Process, serving
+from test_cycle import until
 from test_frames import CONTINUATION, PING, PONG, TEXT, frame
 from test_websocket import handshake
 
@@ -130,6 +131,29 @@ def test_a_read_full_of_chunks_is_taken_in_by_and_by(monkeypatch):
         running.talk(head.replace(b"GET", b"POST") + b"1\r\nx\r\n" * 1000 + b"0\r\n\r\n")
     assert b"".join(messages) == b"x" * 1000
     assert max(map(len, messages)) <= 20 and len(messages) >= 50
+
+
+def test_chunks_that_wait_take_no_more_than_what_they_carry():
+    """What if the app does not read? A piece of 2 bytes takes 60 of memory."""
+    read, bodies = asyncio.Event(), []
+
+    async def app(scope, receive, send):
+        await read.wait()
+        bodies.append((await receive())["body"])
+        await send(START)
+        await send(END)
+
+    head = GET[:-2] + b"Transfer-Encoding: chunked\r\n\r\n"
+    with serving(app, lifespan="off") as running, running.connect() as client:
+        client.send(head.replace(b"GET", b"POST") + b"2\r\nxy\r\n" * 3000 + b"0\r\n\r\n")
+        until(running, lambda: any(c.cycle for c in running.server.connections))
+        [connection] = running.server.connections
+        cycle = connection.cycle
+        until(running, lambda: cycle.arrived == 6000)
+        assert len(cycle.body) <= server.CHUNKS_AT_ONCE
+        running.call(read.set)
+        assert client.response()[0] == 200
+    assert bodies == [b"xy" * 3000]
 
 
 def test_an_upload_in_tiny_chunks_arrives():
