@@ -1662,7 +1662,7 @@ def split_target(request: h11.Request) -> tuple[bytes, bytes]:
     raise h11.RemoteProtocolError("malformed request target (RFC 9112 §3.2)", 400)
 
 
-@functools.lru_cache(256)
+@functools.lru_cache(16)  # clients choose them, and one may have 64 KiB
 def is_host(value: bytes) -> bool:
     """One host and perhaps a port: no list, no user information, no path."""
     return HOST.fullmatch(value) is not None
