@@ -215,6 +215,7 @@ class TestProxyHeaders:
             ("127.0.0.1", [b"[2001:db8::7]"], "2001:db8::7"),
             ("127.0.0.1, 10.0.0.0/8", [b"9.9.9.9, 10.1.2.3:5555"], "9.9.9.9"),
             ("127.0.0.1", [b""], "127.0.0.1"),
+            ("*", [b"6.6.6.6," + 50 * b"::,"], "::"),  # too many to look at them all
         ],
     )
     def test_the_client_is_the_rightmost_untrusted(self, trusted, fields, client):
