@@ -572,8 +572,9 @@ async def serve(app: ASGIApp | str, **options: Any) -> None:
             await server.serve()
         finally:  # cancelled at startup; or again and again, as anyio does
             server.end()
-            if server.lifespan.task:
-                server.lifespan.task.cancel()
+            tasks = {server.lifespan.task, *server.tasks, *server.greetings}
+            for task in filter(None, tasks):
+                task.cancel()
 
 
 @contextlib.contextmanager

@@ -881,6 +881,39 @@ class TestServe:
         started = None
         asyncio.run(main())
 
+    @pytest.mark.parametrize("what", ["request", "handshake"])
+    def test_cancelling_it_again_ends_a(self, what):
+        """Also one that never looks up. Nobody would be left to end it later."""
+        port, certificate = free_port(), ROOT / "tests" / "certificate.pem"
+        options = {"ssl_certfile": str(certificate)} if what == "handshake" else {}
+
+        async def app(scope, receive, send):
+            await asyncio.Event().wait()
+
+        async def main():
+            task = asyncio.create_task(
+                server.serve(app, port=port, lifespan="off", **options)
+            )
+            await asyncio.sleep(0)
+            client = await asyncio.to_thread(Client, ("127.0.0.1", port))
+            with client:
+                if what == "request":
+                    client.send(GET)
+                doing = (
+                    "RequestResponseCycle.run" if what == "request" else "Server.greet"
+                )
+                while not any(doing in repr(each) for each in asyncio.all_tasks()):
+                    await asyncio.sleep(0)
+                for _ in range(5):
+                    task.cancel()
+                    await asyncio.sleep(0)
+                with pytest.raises(asyncio.CancelledError):
+                    await task
+                await asyncio.sleep(0.1)
+                assert asyncio.all_tasks() == {asyncio.current_task()}
+
+        asyncio.run(main())
+
     def test_signals_belong_to_whoever_runs_the_loop(self):
         async def main():
             started = asyncio.Event()
