@@ -1579,7 +1579,7 @@ class HTTPConnection(asyncio.Protocol):
         if what is Waiting.HEAD or replaced:
             self.look(now)
             self.deadline = self.end = min(self.end, now + FIRST_REQUEST)
-        elif self.cycle is None:
+        elif self.cycle is None or self.lingering:
             self.close()
         elif self.session is not None:
             self.session.go_away()

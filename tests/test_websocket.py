@@ -1314,6 +1314,19 @@ class TestShutdown:
             session.running.thread.join(PATIENCE)
             assert session.client.end() == bytes.fromhex("880203f4")
 
+    def test_a_client_that_has_said_its_close_and_stays_costs_nothing(
+        self, monkeypatch
+    ):
+        monkeypatch.setattr(server, "LINGER", 1000.0)
+        monkeypatch.setattr(server, "LINGER_TOTAL", 1000.0)
+        with opened(**LONG) as session:
+            session.client.say(CLOSE, BYE)
+            assert session.client.closing() == (1000, b"")
+            session.end()
+            ask_to_stop(session.running)
+            session.running.thread.join(PATIENCE)
+            assert not session.running.thread.is_alive()
+
     def test_with_a_backlog_the_handshake_finishes_too(self):
         with opened(**LONG) as session:
             session.client.send(frame(BINARY, bytes(40_000)) * 2)
