@@ -2113,7 +2113,7 @@ class RequestResponseCycle:
         self.state = COMPLETE
         self.changed()
         connection.response_ended()
-        self.log_access(self.response.status_code)  # may raise what a filter raises
+        self.log_access(self.response.status_code)
 
     def send_trailers(self, message: Message) -> None:
         """ASGI extension "HTTP Trailers": fields behind a chunked body."""
@@ -2238,7 +2238,11 @@ class RequestResponseCycle:
         record = access_logger.makeRecord(
             access_logger.name, logging.INFO, __file__, 0, ACCESS_LINE, values, None
         )
-        access_logger.handle(record)
+        try:
+            access_logger.handle(record)
+        except Exception as exc:  # of a filter: we go on, as if it had said yes or no
+            failed = {"message": "the access log failed", "exception": exc}
+            self.connection.loop.call_exception_handler(failed)
 
 
 def interim(status: int, fields: list) -> h11.InformationalResponse:

@@ -351,5 +351,22 @@ class TestLog:
             server.access_logger.removeFilter(broken)
         assert log.text.count("KeyError") == 2
 
+    @pytest.mark.parametrize("messages", [[], [START, CHUNK]])
+    def test_nor_does_it_when_the_app_fails(self, messages, log):
+        """The client waited for a 500, or for an end, until it gave up."""
+        broken = {}.__getitem__
+        server.access_logger.addFilter(broken)
+        try:
+            with (
+                serve(failing(messages, ValueError)) as running,
+                running.connect() as client,
+            ):
+                client.send(GET)
+                status = 200 if messages else 500
+                assert client.read_all().startswith(b"HTTP/1.1 %d " % status)
+        finally:
+            server.access_logger.removeFilter(broken)
+        assert log.text.count("KeyError") == 1
+
     def test_client_disconnected_is_an_oserror(self):
         assert issubclass(server.ClientDisconnected, OSError)

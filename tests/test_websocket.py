@@ -1565,6 +1565,18 @@ class TestLog:
         (found,) = access(log)
         assert f'"GET / HTTP/1.1" {status} ' in found
 
+    def test_a_filter_that_raises_does_not_stop_it(self, log):
+        """A Close came, and the 101 behind it; then nobody read any more."""
+        broken = {}.__getitem__
+        server.access_logger.addFilter(broken)
+        try:
+            with echoing() as client:
+                client.say(TEXT, b"x")
+                assert client.frame() == (0x81, b"x")
+        finally:
+            server.access_logger.removeFilter(broken)
+        assert log.text.count("KeyError") == 1
+
 
 class Ending:
     """An app, and a client, that end in the way that the path says."""
