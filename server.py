@@ -2403,7 +2403,7 @@ class WebSocketSession(RequestResponseCycle):
             self.phase = WebSocketState.CLOSED
 
     def accept(self, message: Message) -> None:
-        """Finish the opening handshake (RFC 6455 §4.2.2), and take the transport."""
+        """Finish the opening handshake (RFC 6455 §4.2.2), and take over."""
         connection, server = self.connection, self.connection.server
         asked, subprotocol = self.request.headers, message.get("subprotocol")
         offered = tokens(asked, b"sec-websocket-protocol")
