@@ -2814,8 +2814,9 @@ class Deflate:
 # do not know it. The wire is what stands before a protocol and a transport, h11 is a
 # subclass, ASGI and the app are a middleware. Without --trace none of this is made.
 #
-# But: under TLS, the wire is what TLS carries. The app is not offered pathsend, whose
-# bytes nobody here would see. A row takes time, and the next one shows it.
+# But: under TLS, the wire is what TLS carries, and it is not seen that reading pauses.
+# The app is not offered pathsend, whose bytes nobody here would see. A row takes time,
+# and the next one shows it.
 
 LONGEST = 2000  # characters of a row
 WIDTH = 64  # of these in the printed table: two states of h11 fit beside it
