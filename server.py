@@ -2111,9 +2111,9 @@ class RequestResponseCycle:
             data = b"".join([data, *connection.frame()])
         connection.write(data + connection.conn.send(end))
         self.state = COMPLETE
+        self.log_access(self.response.status_code)
         self.changed()
         connection.response_ended()
-        self.log_access(self.response.status_code)
 
     def send_trailers(self, message: Message) -> None:
         """ASGI extension "HTTP Trailers": fields behind a chunked body."""
@@ -2241,8 +2241,7 @@ class RequestResponseCycle:
         try:
             access_logger.handle(record)
         except Exception as exc:  # of a filter: we go on, as if it had said yes or no
-            failed = {"message": "the access log failed", "exception": exc}
-            self.connection.loop.call_exception_handler(failed)
+            logger.error("the access log failed: %s", app_traceback(exc))
 
 
 def interim(status: int, fields: list) -> h11.InformationalResponse:
