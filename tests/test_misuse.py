@@ -5,6 +5,7 @@ never learns a detail."""
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import logging
 import os
@@ -293,6 +294,17 @@ def gone(make, log) -> list[str]:
     return [f"{record.levelname} {record.getMessage()}" for record in log.records]
 
 
+@contextlib.contextmanager
+def broken_filter():
+    """On the access log: it knows the records of another server."""
+    broken = {}.__getitem__
+    server.access_logger.addFilter(broken)
+    try:
+        yield
+    finally:
+        server.access_logger.removeFilter(broken)
+
+
 class TestLog:
     """behaviour.md §4, "if it escapes the app"; style.md §4.9."""
 
@@ -340,34 +352,22 @@ class TestLog:
         gc.collect()  # asyncio tells of it now, and not in a test that wants it silent
 
     def test_a_filter_that_raises_does_not_stop_the_connection(self, log):
-        """What if it stands on the access log, and knows another server's records?"""
-        broken = {}.__getitem__
-        server.access_logger.addFilter(broken)
-        try:
-            app = failing([start(length(0)), END], None)
-            with serve(app) as running, running.connect() as client:
-                for _ in range(2):
-                    client.send(GET)
-                    assert client.response()[0] == 200
-        finally:
-            server.access_logger.removeFilter(broken)
+        """What if it stands on the access log?"""
+        app = failing([start(length(0)), END], None)
+        with broken_filter(), serve(app) as running, running.connect() as client:
+            for _ in range(2):
+                client.send(GET)
+                assert client.response()[0] == 200
         assert log.text.count("KeyError") == 2
 
     @pytest.mark.parametrize("messages", [[], [START, CHUNK]])
     def test_nor_does_it_when_the_app_fails(self, messages, log):
         """The client waited for a 500, or for an end, until it gave up."""
-        broken = {}.__getitem__
-        server.access_logger.addFilter(broken)
-        try:
-            with (
-                serve(failing(messages, ValueError)) as running,
-                running.connect() as client,
-            ):
-                client.send(GET)
-                status = 200 if messages else 500
-                assert client.read_all().startswith(b"HTTP/1.1 %d " % status)
-        finally:
-            server.access_logger.removeFilter(broken)
+        status = b"200" if messages else b"500"
+        app = failing(messages, ValueError)
+        with broken_filter(), serve(app) as running, running.connect() as client:
+            client.send(GET)
+            assert client.read_all().startswith(b"HTTP/1.1 " + status)
         assert log.text.count("KeyError") == 1
 
     def test_client_disconnected_is_an_oserror(self):

@@ -18,6 +18,7 @@ import pytest
 from conftest import GET, PATIENCE, Client, Process
 from test_cycle import END, START, fields_of, serve, until
 from test_frames import BINARY, CLOSE, CONTINUATION, PING, PONG, TEXT, frame, header
+from test_misuse import broken_filter
 from test_stopping import no_longer_accepts
 
 import server
@@ -1567,14 +1568,9 @@ class TestLog:
 
     def test_a_filter_that_raises_does_not_stop_it(self, log):
         """A Close came, and the 101 behind it; then nobody read any more."""
-        broken = {}.__getitem__
-        server.access_logger.addFilter(broken)
-        try:
-            with echoing() as client:
-                client.say(TEXT, b"x")
-                assert client.frame() == (0x81, b"x")
-        finally:
-            server.access_logger.removeFilter(broken)
+        with broken_filter(), echoing() as client:
+            client.say(TEXT, b"x")
+            assert client.frame() == (0x81, b"x")
         assert log.text.count("KeyError") == 1
 
 
