@@ -890,6 +890,8 @@ class TestServe:
     @pytest.mark.parametrize("what", ["request", "handshake"])
     def test_cancelling_it_again_ends_a(self, what):
         """Also one that never looks up. Nobody would be left to end it later."""
+        if what == "handshake" and os.name == "nt":
+            pytest.skip("a proactor accepts by itself")
         port, certificate = free_port(), ROOT / "tests" / "certificate.pem"
         options = {"timeout_request_head": 3600.0}  # it shall not end by itself
         if what == "handshake":
