@@ -23,7 +23,6 @@ from collections.abc import Iterator, Sequence
 # Folders in which nobody edits code, and which may hold more files than all others. A
 # virtual environment is known by its pyvenv.cfg, and hidden folders by their dot.
 SKIPPED = {"__pycache__", "node_modules", "site-packages"}
-MARK = os.sep + "pyvenv.cfg"
 IDLE_SHARE = 10  # a look that took t seconds is followed by this many t of rest
 
 
@@ -82,13 +81,14 @@ class Watcher:
         lead in circles."""
         folders, base = [top], len(os.path.join(top, ""))
         while folders:
+            folder = folders.pop()
             try:
-                with os.scandir(folders.pop()) as listing:
+                with os.scandir(folder) as listing:
                     entries = list(listing)
             except OSError:
                 continue  # deleted, or not ours to read
             # The watched folder itself holds the code, whatever else it is.
-            if any(entry.path[base:].endswith(MARK) for entry in entries):
+            if folder != top and any(entry.name == "pyvenv.cfg" for entry in entries):
                 continue
             for entry in entries:
                 names = (entry.name, entry.path[base:])
