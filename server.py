@@ -171,7 +171,7 @@ def flag_of(field: dataclasses.Field) -> str:
 
 
 def option(default: Any, help: str, metavar: str | None = None, **limits: Any) -> Any:
-    """A field of Config that is also an option. Its limit: minimum, or choices."""
+    """A field of Config that is also an option. Limits: minimum, maximum, choices."""
     if "choices" in limits:
         help = f"{help}: {', '.join(limits['choices'])}"
     if default not in (None, "") and type(default) is not bool:
@@ -191,10 +191,14 @@ class Config:
     app: ASGIApp | str  # an ASGI 3 application, or "MODULE:ATTRIBUTE"
 
     host: str = option("127.0.0.1", 'address or name to listen on, "" for all')
-    port: int = option(8000, "TCP port, 0 for a free one", minimum=0)
+    port: int = option(8000, "TCP port, 0 for a free one", minimum=0, maximum=65535)
     uds: str | None = option(None, "listen on a Unix socket instead", "PATH")
-    fd: int | None = option(None, "adopt an open socket instead", minimum=0)
-    backlog: int = option(2048, "connections that may wait to be accepted", minimum=1)
+    fd: int | None = option(
+        None, "adopt an open socket instead", minimum=0, maximum=2**31 - 1
+    )
+    backlog: int = option(
+        2048, "connections that may wait to be accepted", minimum=1, maximum=2**31 - 1
+    )
 
     workers: int = option(1, "processes that accept and serve", minimum=1)
     reload: bool = option(False, "replace the workers when a file changes")
@@ -239,17 +243,17 @@ class Config:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self)[1:]:
             value = getattr(self, field.name)
-            low, choices = map(field.metadata.get, ("minimum", "choices"))
+            limit = field.metadata.get
+            low, high, choices = limit("minimum"), limit("maximum"), limit("choices")
             if None not in (value, low) and not value >= low:  # so put, it refuses NaN
                 raise ValueError(f"{flag_of(field)} must be {low} or more, not {value}")
+            if None not in (value, high) and value > high:
+                raise ValueError(f"{flag_of(field)} must be at most {high}")
             if choices and value not in choices:
                 names = ", ".join(choices)
                 raise ValueError(f"{flag_of(field)} must be {names}, not {value!r}")
         if self.ssl_keyfile and not self.ssl_certfile:
             raise ValueError("--ssl-keyfile needs --ssl-certfile")
-        for name, most in ("port", 65535), ("fd", 2**31 - 1), ("backlog", 2**31 - 1):
-            if (getattr(self, name) or 0) > most:
-                raise ValueError(f"--{name} must be at most {most}")
         # Called now, so that what is wrong with them is said before anything is done.
         for check in (self.loop_choice, self.extra_headers, self.trusted_proxies):
             check()
@@ -800,7 +804,7 @@ class Server:
             if self.stop_signal:  # and the app's import has swallowed it
                 raise KeyboardInterrupt
             await self.lifespan.startup()
-            logger.disabled = access_logger.disabled = False
+            logger.disabled = access_logger.disabled = False  # see log_startup_error
         except StartupError as exc:
             if not self.config.reload:
                 raise

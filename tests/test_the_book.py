@@ -14,7 +14,7 @@ import server
 
 LEAVES = ("loops", "sockets", "workers", "reload")
 MODULES = ("server", *LEAVES)
-BUDGETS = {"server": 3007, "loops": 111, "sockets": 212, "workers": 375, "reload": 115}
+BUDGETS = {"server": 3011, "loops": 111, "sockets": 212, "workers": 375, "reload": 115}
 LONGEST_FUNCTION = 45
 DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 ELSEWHERE = {"multiprocessing", "signal", "socket", "uvloop", "proto", "__main__", "__mp_main__"}
