@@ -34,6 +34,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
 
+import loops  # noqa: E402
 import server  # noqa: E402
 import sockets  # noqa: E402
 
@@ -144,8 +145,9 @@ class Serving:
 
     def run(self):
         try:
-            with server.make_runner(self.config) as runner:
-                runner.run(self.server.serve(self.ready.set))
+            make = functools.partial(loops.make, self.config.loop_choice().factory)
+            with asyncio.Runner(loop_factory=make) as runner:
+                runner.run(self.server.serve(lambda *addresses: self.ready.set()))
         except BaseException as exc:
             self.errors.append(exc)
         finally:
@@ -298,5 +300,5 @@ class Process:
 @pytest.fixture
 def log(caplog):
     """The server's log, whatever its level."""
-    caplog.set_level(logging.DEBUG, "server")
+    caplog.set_level(logging.DEBUG, server.logger.name)
     return caplog
