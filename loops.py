@@ -1,20 +1,15 @@
 """Which event loop to run, and why.
 
-Owns: the choice between asyncio's loops, the reason for it, and the refusal of a loop
-    that cannot work here. It hands on the name of a factory; `make` calls that.
-Must not know: sockets, processes, the command line beyond one word, or what the loop
-    will run.
+Owns: the choice of an event loop, its reason, and the refusal of what cannot work.
+Must not know: addresses, processes, or what the loop will run.
 
 Read beside: Python docs, asyncio — "Runners" (loop_factory), "Platform Support".
 
-The bug that shaped it: on Windows a listener shared by two processes cannot be used
-    with a completion port twice: accept fails with WinError 87 and the server is deaf,
-    first seen with --reload (uvicorn #529), later with --workers (uvicorn #1317). So
-    one pure function answers, from values that a test can vary: name, platform, shared
-    or not.
+The bug that shaped it: on Windows two processes cannot both use a completion port for
+    one listener. In the second one accept fails with WinError 87 (uvicorn #529 with
+    --reload, #1317 with --workers). So one pure function decides, and tests can ask it.
 
-But: no event-loop policies. They are global, deprecated since Python 3.14 and gone in
-    3.16 (uvicorn #61, #1523; cpython #127949). And never uvloop unless asked by name.
+But: no event-loop policies: Python 3.16 removes them (uvicorn #61; cpython #127949).
 """
 
 from __future__ import annotations
@@ -29,15 +24,15 @@ PROACTOR = "asyncio:ProactorEventLoop"
 
 
 class LoopChoice(NamedTuple):
-    """A loop factory, by name so that it can be compared and shown, and the reason."""
+    """A loop factory, by name so that it can be compared and logged, and the reason."""
 
     factory: str  # MODULE:FACTORY
     reason: str  # completes "loop: SelectorEventLoop, because …"
 
 
 def choose(name: str, *, platform: str, shared: bool) -> LoopChoice:
-    """Choose from --loop's value, sys.platform, and whether other processes accept on
-    the same listener. Raises ValueError, one line, where the wish cannot work."""
+    """Choose by --loop's value, sys.platform, and whether other processes accept on the
+    same listeners. Raises ValueError, one line, if the loop asked for cannot work."""
     windows = platform == "win32"
     factory = {"selector": SELECTOR, "proactor": PROACTOR}.get(name, name)
 
@@ -45,51 +40,44 @@ def choose(name: str, *, platform: str, shared: bool) -> LoopChoice:
         case "asyncio:ProactorEventLoop", False, _:
             raise ValueError("--loop proactor exists on Windows only; leave --loop out")
         case "asyncio:ProactorEventLoop", True, True:
-            raise ValueError(
-                "--loop proactor cannot share a listener between processes on Windows "
-                "(uvicorn #529); use --loop selector, or one process"
-            )
+            why = "--loop proactor cannot share a listener between processes"
+            raise ValueError(f"{why} (uvicorn #529); use selector, or one process")
         case "auto" | "asyncio", True, True:
-            return LoopChoice(
-                SELECTOR,
-                "on Windows a shared listener cannot use a completion port "
-                "(uvicorn #529)",
-            )
+            why = "on Windows a shared listener cannot use a completion port"
+            return LoopChoice(SELECTOR, f"{why} (uvicorn #529)")
         case "auto" | "asyncio", True, False:
-            # The selector loop is limited there to 512 sockets, and cannot run
-            # subprocesses, so it is no default (uvicorn #786, #1220).
+            # The selector loop of Windows has at most 512 sockets and cannot run
+            # subprocesses (uvicorn #786, #1220). A single process avoids it.
             return LoopChoice(PROACTOR, "it is asyncio's own choice on Windows")
         case "auto" | "asyncio", False, _:
             return LoopChoice(SELECTOR, "it is asyncio's own choice on this system")
     if ":" not in factory:
-        raise ValueError(
-            f'--loop "{name}" is not known; use auto, asyncio, selector, proactor '
-            "or MODULE:FACTORY"
-        )
+        known = "auto, asyncio, selector, proactor or MODULE:FACTORY"
+        raise ValueError(f'--loop "{factory}" is not known; use {known}')
     return LoopChoice(factory, "it was asked for")
 
 
 def make(factory: str) -> asyncio.AbstractEventLoop:
-    """Import MODULE:FACTORY, and call it. Raises ValueError, one line."""
+    """Import MODULE:FACTORY and call it. Raises ImportError, one line."""
     if factory == PROACTOR and hasattr(asyncio, "IocpProactor"):
         return patient_proactor()
     module_name, _, attribute = factory.partition(":")
     try:
         loop = getattr(importlib.import_module(module_name), attribute)()
-    except Exception as exc:  # foreign code, and perhaps no factory at all
-        raise ValueError(f'--loop "{factory}" failed: {exc!r}') from None
+    except Exception as exc:  # foreign code, and perhaps not a factory at all
+        raise ImportError(f'--loop "{factory}" failed: {exc}') from None
     if not isinstance(loop, asyncio.AbstractEventLoop):
-        raise ValueError(f'--loop "{factory}" made {loop!r}, not an event loop')
+        raise ImportError(f'--loop "{factory}" did not make an event loop')
     return loop
 
 
-# Windows' words for "the client has reset it" while it waited in the backlog.
+# Windows' error numbers for a client that was lost before it was accepted.
 RESET_IN_BACKLOG = (59, 64, 1236, 10054, 10057)
 
 
 def patient_proactor() -> asyncio.AbstractEventLoop:
-    """asyncio's proactor closes its listener for good once a client resets a connection
-    that was not yet accepted (cpython #93821). This one accepts the next."""
+    """asyncio's proactor closes its listener when a client resets a connection that was
+    not yet accepted (cpython #93821). This proactor accepts the next client instead."""
 
     class Proactor(asyncio.IocpProactor):
         def accept(self, listener: socket.socket) -> asyncio.Future:

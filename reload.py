@@ -1,33 +1,115 @@
-"""Did a file change?
+"""The application's code: import it, show its errors, and see when it changes.
 
-Owns: which files are watched, what counts as a change, when a series of saves is over.
-Must not know: processes, who asks, or what a change is good for.
+Owns: how MODULE:ATTRIBUTE is found in a folder, what is said if it cannot be imported,
+    which files are watched, what a change is, and when a series of saves is over.
+Must not know: ASGI, processes, or what a change is good for.
 
-Read beside: Python docs, os.scandir, os.stat_result; fnmatch.
+Read beside: Python docs, "The import system" (sys.modules, namespace packages);
+    traceback; os.scandir, os.stat_result; fnmatch.
 
-The bug that shaped it: include and exclude patterns that silently did nothing (uvicorn
-    #1265, #2166), because files were listed by one mechanism and matched by another.
-    Here one walk decides both, and a test renames, deletes and excludes.
+The bug that shaped it: include and exclude patterns did nothing, without a word
+    (uvicorn #1265, #2166), because one mechanism listed the files and another one
+    matched them. Here one walk does both, and a test renames, deletes and excludes.
 
-But: it looks, four times a second; it is not told. A look at 20,000 files takes about
-0.1 s, so it then looks less often: no more than a tenth of one core in the long run.
+But: the watcher looks at the files four times a second, and less often if a look takes
+long (20,000 files: 0.1 s). It uses at most a tenth of one core.
 """
 
 from __future__ import annotations
 
 import fnmatch
+import importlib
+import operator
 import os
+import re
+import sys
 import time
+import traceback
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from importlib import machinery, util
+from typing import Any
 
-# Folders in which nobody edits code, and which may hold more files than all others. A
-# virtual environment is known by its pyvenv.cfg, and hidden folders by their dot.
+HERE = os.path.dirname(os.path.abspath(__file__))
+# Our modules and their files. Their names are common, so an app may use them as well.
+NAMES = ("server", "loops", "sockets", "workers", "reload")
+OURS = {name: os.path.join(HERE, f"{name}.py") for name in NAMES}
+
+
+def load(name: str, folder: str) -> Any:
+    """Import MODULE:ATTRIBUTE from `folder`, or else from our examples/ folder. Raises
+    ImportError with one sentence. Its cause is the exception of the app's own code."""
+    if not re.fullmatch(r"(?!.*\.py:)[\w-]+(\.[\w-]+)*:\w+(\.\w+)*", name):
+        raise ImportError(f'"{name}" is no MODULE:ATTRIBUTE (app in main.py: main:app)')
+    module, _, attribute = name.partition(":")
+    make_way(folder)
+    sys.path.insert(0, folder)
+    sys.path.append(os.path.join(HERE, "examples"))
+    try:
+        imported = importlib.import_module(module)
+    # The module is foreign code and may raise anything. Ctrl-C is not an error of it.
+    except (Exception, SystemExit) as exc:
+        absent = exc.name if isinstance(exc, ModuleNotFoundError) else None
+        # To import "a.b" Python needs "a" and "a.b". Others are missing in the app.
+        if absent and f"{module}.".startswith(f"{absent}."):
+            raise ImportError(f'no module "{absent}" in {folder} (--app-dir)') from None
+        raise ImportError(f'cannot import "{module}": {in_words(exc, folder)}') from exc
+    try:
+        return operator.attrgetter(attribute)(imported)
+    except AttributeError:
+        file = shown(getattr(imported, "__file__", None) or folder)
+        raise ImportError(f'"{module}" ({file}) has no "{attribute}"') from None
+
+
+def make_way(folder: str) -> None:
+    """Let the app find its own modules and packages that have one of our names. Ours
+    are loaded and refer to each other as objects, so sys.modules can forget them."""
+    for name, our_file in OURS.items():
+        spec = machinery.PathFinder.find_spec(name, [folder])
+        # The folder has no such module, or it is the folder of this server.
+        if spec is None or spec.origin and os.path.samefile(spec.origin, our_file):
+            continue
+        # Take out ours, but not what an earlier call has imported.
+        if getattr(sys.modules.get(name), "__file__", our_file) == our_file:
+            sys.modules.pop(name, None)
+            # A process that the app spawns imports its main module by this name again.
+            if getattr(sys.modules["__main__"], "__file__", None) == our_file:
+                sys.modules["__main__"] = type(sys)("__main__")  # an empty module
+            # A package without __init__.py has no loader. Python would prefer our
+            # module to it, because our folder is on sys.path as well.
+            if spec.loader is None:
+                sys.modules[name] = util.module_from_spec(spec)
+
+
+def in_words(exc: BaseException, folder: str) -> str:
+    """What went wrong, and where: for a sentence that follows the traceback."""
+    kind, message, where = type(exc).__name__, " ".join(str(exc).split()), ""
+    if isinstance(exc, SyntaxError) and exc.filename:
+        return f"{kind} in {shown(exc.filename)}, line {exc.lineno}"
+    for path, line, _, _ in traceback.extract_tb(exc.__traceback__):
+        if path.startswith(folder) and "site-packages" not in path:
+            # The last line of the app's own code says more than a library's.
+            where = f" in {shown(path)}, line {line}"
+    return f"{kind}: {message}".removesuffix(": ") + where
+
+
+def app_traceback(exc: BaseException) -> str:
+    """A traceback for the app's author: without our frames and importlib's above it."""
+    above = (*OURS.values(), importlib.__file__, "<frozen importlib")
+    trace = exc.__traceback__
+    while trace and trace.tb_frame.f_code.co_filename.startswith(above):
+        trace = trace.tb_next
+    return "".join(traceback.format_exception(type(exc), exc, trace)).rstrip()
+
+
+# Folders that hold no code that anybody edits, and perhaps very many files. A virtual
+# environment is recognised by its pyvenv.cfg, and a hidden folder by its dot.
 SKIPPED = {"__pycache__", "node_modules", "site-packages"}
-IDLE_SHARE = 10  # a look that took t seconds is followed by this many t of rest
+IDLE_SHARE = 10  # after a look that took t seconds the watcher rests for ten times t
 
 
 class Watcher:
-    """Answers "did a file change?", and is cheap enough to be asked often."""
+    """Answers the question "did a file change?". It is cheap enough to ask it often."""
 
     def __init__(
         self,
@@ -38,17 +120,14 @@ class Watcher:
         delay: float = 0.25,  # seconds between two looks, at least
     ) -> None:
         self.folders = [os.path.abspath(folder) for folder in folders]
-        self.include = ["*.py", *include]
-        self.exclude = exclude
-        self.delay = delay
-        self.pending: set[str] = set()  # changed, but perhaps not for the last time
+        self.include, self.exclude, self.delay = ["*.py", *include], exclude, delay
+        # Files that have changed. Perhaps an editor is still saving more of them.
+        self.pending: set[str] = set()
         self.files = self.look()
 
     def changed(self) -> str:
-        """Which files changed since the last answer, as a reason to show, or "".
-
-        Quick saves are one change: the answer waits for a look that finds no more.
-        """
+        """Which files changed since the last answer, as a reason to log, or "". Quick
+        saves are one change: the answer waits for a look that finds nothing new."""
         if time.monotonic() < self.next_look:
             return ""
         before, self.files = self.files, self.look()
@@ -56,38 +135,33 @@ class Watcher:
         self.pending |= now
         if now or not self.pending:
             return ""
-        names = sorted(map(shown, self.pending))
-        self.pending = set()
+        names, self.pending = sorted(map(shown, self.pending)), set()
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
         return f"changed: {', '.join(names[:3])}{more}"
 
     def look(self) -> dict[str, tuple[int, int, int]]:
-        """Every watched file, with what changes when it is written or replaced."""
+        """Every watched file, with values that change if it is written or replaced."""
         started = time.monotonic()
         found = {}
         for folder in self.folders:
             for entry in self.walk(folder):
-                try:
+                # If a file was deleted since it was listed, it counts as deleted.
+                with suppress(OSError):
                     stat = entry.stat()
-                except OSError:
-                    continue  # gone since we listed it: the next look will not list it
-                found[entry.path] = (stat.st_mtime_ns, stat.st_size, stat.st_ino)
+                    found[entry.path] = (stat.st_mtime_ns, stat.st_size, stat.st_ino)
         now = time.monotonic()
         self.next_look = now + max(self.delay, IDLE_SHARE * (now - started))
         return found
 
     def walk(self, top: str) -> Iterator[os.DirEntry]:
-        """The watched files below a folder. Links to folders are not followed: they may
-        lead in circles."""
+        """The watched files below a folder. Links to folders are not followed, because
+        they may lead in circles."""
         folders, base = [top], len(os.path.join(top, ""))
         while folders:
-            folder = folders.pop()
-            try:
-                with os.scandir(folder) as listing:
-                    entries = list(listing)
-            except OSError:
-                continue  # deleted, or not ours to read
-            # The watched folder itself holds the code, whatever else it is.
+            folder, entries = folders.pop(), []
+            with suppress(OSError), os.scandir(folder) as listing:  # it may be gone
+                entries = list(listing)
+            # The watched folder itself is never skipped: it holds the code.
             if folder != top and any(entry.name == "pyvenv.cfg" for entry in entries):
                 continue
             for entry in entries:
@@ -107,8 +181,7 @@ def matches(names: Sequence[str], patterns: Sequence[str]) -> bool:
 
 
 def shown(path: str) -> str:
-    """A path as short as it can be: there is no relative one between two drives."""
-    try:
-        return os.path.relpath(path)
-    except (ValueError, OSError):
-        return path
+    """A path, relative to the current folder if that is shorter."""
+    with suppress(ValueError, OSError):  # another drive, or a folder that was deleted
+        return min(path, os.path.relpath(path), key=len)
+    return path
