@@ -1,9 +1,9 @@
-"""Two tools for every test: `serving` runs an app in a thread of this process, and a
-`Client` speaks bytes to it over a real socket. `Process` does the same with a real
-`python server.py` and real signals.
+"""The two tools of all tests. `serving` runs an app in a thread of this process, and a
+`Client` speaks bytes to it over a real socket. `Process` starts a real `python server.py`
+and reads its log.
 
-Nothing sleeps to wait for something: a read blocks until the bytes are there, with
-PATIENCE as the deadline after which a test has failed.
+A test does not sleep to wait for something: it reads until the bytes are there. If they
+have not come after PATIENCE, the test has failed.
 """
 
 from __future__ import annotations
@@ -23,9 +23,8 @@ import subprocess
 import sys
 import tempfile
 import threading
-import tracemalloc  # noqa: F401  pytest imports it in a collection of garbage: too late
+import tracemalloc  # noqa: F401  pytest needs it during garbage collection: too late then
 import warnings
-import zlib
 from pathlib import Path
 
 import h11
@@ -43,26 +42,15 @@ GET = b"GET / HTTP/1.1\r\nHost: test\r\n\r\n"
 
 
 def pytest_configure(config):
-    # With CI in the environment, pytest compares all lines of values that differ: of
-    # 64 KiB for minutes, and a test that fails becomes one that hangs.
+    # With CI in the environment, pytest compares two different values line by line. For
+    # 64 KiB this takes minutes, and a test that fails looks like one that hangs.
     os.environ.pop("CI", None)
     if os.name == "nt":
-        # asyncio leaves the socket of an accept that fails to the garbage collector
-        # (cpython #93821): its ResourceWarning is not ours to mend, be it seen in a test
-        # or after the last one, where pytest 9.2 looks once more.
+        # When an accept fails, asyncio leaves the socket to the garbage collector
+        # (cpython #93821). The ResourceWarning may come in any test, or after the last.
         ignore = "ignore::pytest.PytestUnraisableExceptionWarning"
         config.addinivalue_line("filterwarnings", ignore)
         warnings.simplefilter("ignore", pytest.PytestUnraisableExceptionWarning)
-
-
-def brief(value):
-    """What a failing test can show: of a long value both ends and a checksum. (With -v,
-    pytest would compare 64 KiB line by line, for minutes.)"""
-    text = repr(value)
-    if len(text) < 2000:
-        return value
-    checksum = zlib.crc32(text.encode())
-    return f"{text[:60]}…{text[-20:]} ({len(text)} characters, CRC {checksum:08x})"
 
 
 class Client:
@@ -90,13 +78,13 @@ class Client:
         self.sock.shutdown(socket.SHUT_WR)
 
     def reset(self) -> None:
-        """Leave as a crash does: with a reset instead of an orderly close."""
+        """Leave as a client that crashes: with a reset instead of an orderly close."""
         layout = b"\x01\x00\x00\x00" if os.name == "nt" else b"\x01" + bytes(7)
         self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, layout)
         self.sock.close()
 
     def read_until(self, end: bytes) -> bytes:
-        """All bytes up to and with `end`."""
+        """All bytes up to `end`, including it."""
         while end not in self.unread:
             data = self.sock.recv(65536)
             assert data, f"closed before {end!r}; got {self.unread!r}"
@@ -105,7 +93,7 @@ class Client:
         return found + end
 
     def read_all(self) -> bytes:
-        """All bytes until the server closes its half. A reset is an error."""
+        """All bytes until the server closes its sending side. A reset is an error."""
         while data := self.sock.recv(65536):
             self.unread += data
         found, self.unread = self.unread, b""
@@ -133,7 +121,7 @@ class Client:
 
 
 class Serving:
-    """A server that runs in a thread, with what a test wants to ask of it."""
+    """A server that runs in a thread, with the questions that tests ask it."""
 
     def __init__(self, app, listener, options):
         self.config = server.Config(app, **options)
@@ -157,7 +145,7 @@ class Serving:
         return Client(self.address[:2] if isinstance(self.address, tuple) else self.address)
 
     def talk(self, data: bytes) -> bytes:
-        """Send bytes, end our half of the connection, return all that comes back."""
+        """Send bytes, close our sending side, and return all that comes back."""
         with self.connect() as client:
             client.send(data)
             client.half_close()
@@ -199,10 +187,8 @@ def serving(app, listener=None, **options):
 
 
 def environment(**more) -> dict[str, str]:
-    """For a program that a test starts. What Python compiles it finds again the next
-    time, which halves a start, and in a folder of ours: as fast where the checkout is to
-    have no compiled files (PYTHONDONTWRITEBYTECODE), and nothing there is out of date.
-    """
+    """The environment of a program that a test starts. Python keeps compiled modules in
+    a folder of ours, which halves the time of a start. Nothing in it is out of date."""
     ours = {"PYTHONUNBUFFERED": "1", "PYTHONPYCACHEPREFIX": compiled()}
     found = {**os.environ, **ours, **more}
     found.pop("PYTHONDONTWRITEBYTECODE", None)
@@ -211,7 +197,7 @@ def environment(**more) -> dict[str, str]:
 
 @functools.cache
 def compiled() -> str:
-    """The folder for that, made when somebody needs it."""
+    """That folder, for this run of the tests."""
     folder = tempfile.mkdtemp(prefix="foal-compiled-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return folder
@@ -225,17 +211,18 @@ def sooner(folder, module, setting) -> tuple:
 
 
 class Process:
-    """`python server.py …` as a user runs it, with its output line by line."""
+    """`python server.py …` as a user runs it, with its output line by line. `start` may
+    name another script, or options of Python."""
 
     script = ROOT / "server.py"
 
-    def __init__(self, *arguments, cwd=None, env=None, **popen):
+    def __init__(self, *arguments, cwd=None, env=None, start=(), **popen):
         self.lines: list[str] = []
         self.arrived: queue.Queue[str | None] = queue.Queue()
         if os.name == "nt":  # so that Ctrl-Break reaches it and not us
             popen["creationflags"] = subprocess.CREATE_NEW_PROCESS_GROUP
         self.process = subprocess.Popen(
-            [sys.executable, str(self.script), *map(str, arguments)],
+            [sys.executable, *map(str, (*(start or (self.script,)), *arguments))],
             cwd=cwd or ROOT,
             env=environment(**(env or {})),
             stdin=subprocess.DEVNULL,
@@ -257,13 +244,17 @@ class Process:
         return self
 
     def __exit__(self, *_):
+        if os.name == "nt":  # a worker that still starts would outlive its supervisor
+            with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+                self.interrupt()
+                self.process.wait(5)
         self.process.kill()
         self.process.wait(PATIENCE)
         self.reader.join(PATIENCE)
         self.process.stdout.close()
 
     def wait_for(self, pattern: str) -> re.Match:
-        """The first line, from here on, that matches."""
+        """Read on to the first line that matches."""
         while (line := self.arrived.get(timeout=PATIENCE)) is not None:
             self.lines.append(line)
             if found := re.search(pattern, line):
@@ -271,7 +262,7 @@ class Process:
         raise AssertionError(f"no line matches {pattern!r} in:\n" + self.output)
 
     def port(self) -> int:
-        """The port, once the server says that it listens."""
+        """Read on to the line that says where the server listens: the port."""
         return int(self.wait_for(r"listening on \w+://.*:(\d+)")[1])
 
     def connect(self, port: int) -> Client:
@@ -295,6 +286,35 @@ class Process:
     @property
     def output(self) -> str:
         return "\n".join(self.lines)
+
+
+def get(address, target="/"):
+    """One GET on a connection of its own: (status, {name: value}, body)."""
+    with Client(address) as client:
+        client.send(f"GET {target} HTTP/1.1\r\nHost: test\r\n\r\n".encode())
+        return client.response()
+
+
+def refuses(address) -> bool:
+    """Is no server there?"""
+    family = socket.AF_INET if isinstance(address, tuple) else socket.AF_UNIX
+    with socket.socket(family) as client:
+        client.settimeout(PATIENCE)
+        return client.connect_ex(address) != 0
+
+
+def free_port() -> int:
+    """A port that was free a moment ago."""
+    with sockets.bind_tcp("127.0.0.1", 0, 1)[0] as listener:
+        return listener.getsockname()[1]
+
+
+@pytest.fixture
+def path():
+    """For a Unix socket: pytest's own folders are too long for macOS' 104 bytes."""
+    where = None if os.name == "nt" else "/tmp"
+    with tempfile.TemporaryDirectory(prefix="foal", dir=where) as folder:
+        yield os.path.join(folder, "s")
 
 
 @pytest.fixture

@@ -1,94 +1,80 @@
 """What the supervisors of test_workers.py and test_bugs.py run: plain functions that a
-spawned process can import, and nothing of a server: it shall start fast."""
+spawned process can import. They need no server, so they start fast."""
 
-from __future__ import annotations
-
+import asyncio
 import contextlib
 import importlib
 import os
 import signal
 import socket
 import time
-from pathlib import Path
 
 import workers
 
 
-def wait_for_stop(pipe) -> None:
+def wait_for_stop(pipe):
     """Until the supervisor closes the pipe."""
     with contextlib.suppress(EOFError, OSError):
         pipe.recv()
 
 
-def obey(pipe) -> None:
-    workers.ignore_group_signals()
+def obey(pipe):
+    workers.prepare_worker()
     pipe.send("ready")
     wait_for_stop(pipe)
 
 
-def never_ready(pipe) -> None:
-    wait_for_stop(pipe)
-
-
-def ready_when(path: str, pipe) -> None:
-    """Start for as long as a file is not there."""
-    while not os.path.exists(path):
-        time.sleep(0.01)
-    obey(pipe)
-
-
-def follow(path: str, pipe) -> None:
-    """Obey, or die at once: as the file says."""
-    if Path(path).read_text() != "good":
+def follow(path, pipe):
+    """Obey, or die at once, as the file says."""
+    if path.read_text() != "good":
         os._exit(7)
     obey(pipe)
 
 
-def puppet(pipe) -> None:
-    """Say what we are told to say; die of "die"."""
+def puppet(pipe):
+    """Say every word that it is told to say, and die of "die"."""
     with contextlib.suppress(EOFError, OSError):
         while (word := pipe.recv()) != "die":
             pipe.send(word)
         os._exit(9)
 
 
-def die_before_ready(pipe) -> None:
-    os._exit(7)
-
-
-def die_after_ready(pipe) -> None:
+def die_after_ready(pipe):
     pipe.send("alive")
     pipe.send("ready")
     pipe.close()
     os._exit(9)
 
 
-def ignore_pipe(pipe) -> None:
+def go_mute(pipe):
+    """Close the pipe and live on, as with a thread that the app has left running."""
+    pipe.send("ready")
+    pipe.close()
+    time.sleep(3600)
+
+
+def ignore(terminate, pipe):
+    """Ignore the end of the pipe, and perhaps SIGTERM."""
+    signal.signal(signal.SIGTERM, terminate)
     pipe.send("ready")
     time.sleep(3600)
 
 
-def ignore_everything(pipe) -> None:
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    ignore_pipe(pipe)
-
-
-def tell_mask(pipe) -> None:
-    """Is SIGINT blocked, before and after? It ends nothing then."""
+def tell_mask(pipe):
+    """Is SIGINT blocked, before and after `prepare_worker`? It ends nothing then."""
     born = signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, ())
-    workers.ignore_group_signals()
+    workers.prepare_worker()
     now = signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, ())
     signal.raise_signal(signal.SIGINT)
     pipe.send((born, now))
-    wait_for_stop(pipe)
 
 
-def tell_listener(listener: socket.socket, pipe) -> None:
+def tell_listener(listener, pipe):
     """What is left of a listener that was pickled for us."""
     pipe.send((listener.getsockname(), listener.proto))
 
 
-def use_bare_number(fd: int, pipe) -> None:
+def use_bare_number(fd, pipe):
     """A worker's mistake: a descriptor's number means nothing in another process."""
     try:
         socket.socket(fileno=fd).close()
@@ -97,27 +83,18 @@ def use_bare_number(fd: int, pipe) -> None:
         pipe.send(exc.errno)
 
 
-def accept_with(factory: str, listener: socket.socket, pipe) -> None:
-    """Accept with this loop for as long as the pipe is open: says "ready", then what
-    went wrong (a winerror), or our pid to whoever connects."""
-    import asyncio
+def accept_with(factory, listener, pipe):
+    """Accept with this loop until the pipe ends. Say "ready", and what goes wrong."""
 
-    module, _, name = factory.partition(":")
-
-    async def main() -> None:
+    async def main():
         loop = asyncio.get_running_loop()
-        loop.set_exception_handler(
-            lambda _, context: pipe.send(getattr(context["exception"], "winerror", -1))
-        )
-
-        async def answer(reader, writer):
-            writer.write(b"%d" % os.getpid())
-            writer.close()
-
-        async with await asyncio.start_server(answer, sock=listener):
+        number = lambda context: getattr(context["exception"], "winerror", -1)  # noqa: E731
+        loop.set_exception_handler(lambda _, context: pipe.send(number(context)))
+        async with await asyncio.start_server(lambda r, w: w.close(), sock=listener):
             pipe.send("ready")
             await loop.run_in_executor(None, wait_for_stop, pipe)
 
+    module, _, name = factory.partition(":")
     make = getattr(importlib.import_module(module), name)
     with asyncio.Runner(loop_factory=make) as runner:
         runner.run(main())
