@@ -4,28 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import queue
 import threading
 
 import pytest
+from apps import START, body, errors
 from conftest import GET, PATIENCE, Serving, serving
 
 import server
 import sockets
 
-START = {"type": "http.response.start", "status": 200, "headers": []}
 UP = {"type": "lifespan.startup.complete"}
 UP_FAILED = {"type": "lifespan.startup.failed", "message": "no database"}
 DOWN = {"type": "lifespan.shutdown.complete"}
 DOWN_FAILED = {"type": "lifespan.shutdown.failed", "message": "not saved"}
 
 
-def body(data):
-    return {"type": "http.response.body", "body": data}
-
-
 def living(lifespan):
-    """An app with this coroutine function for its lifespan, and one answer for all."""
+    """An app with this coroutine function for its lifespan, which answers with its state."""
 
     async def app(scope, receive, send):
         if scope["type"] == "lifespan":
@@ -36,17 +31,28 @@ def living(lifespan):
     return app
 
 
+def doing(*steps):
+    """An app whose lifespan does this, step by step: it sends a message, raises an
+    exception, calls a function, or with None receives."""
+
+    async def lifespan(scope, receive, send):
+        for step in steps:
+            if step is None:
+                await receive()
+            elif isinstance(step, dict):
+                await send(step)
+            elif callable(step):
+                await step()
+            else:
+                raise step
+
+    return living(lifespan)
+
+
 def serves(app, **options) -> bytes:
-    """Start, ask for one thing, stop; the bytes of the answer."""
+    """Start, ask once, stop: the bytes of the answer."""
     with serving(app, **options) as running:
         return running.talk(GET)
-
-
-def startup_error(app, **options) -> str:
-    """What the server says when it cannot start."""
-    with pytest.raises(server.StartupError) as raised, serving(app, **options):
-        pass
-    return str(raised.value)
 
 
 @contextlib.contextmanager
@@ -66,17 +72,13 @@ class TestStartup:
     """ASGI lifespan, "Startup - receive event"."""
 
     def test_the_scope_names_type_versions_and_state(self):
-        scopes = []
-
         async def lifespan(scope, receive, send):
-            scopes.append(scope)
+            asgi = {"version": "3.0", "spec_version": "2.0"}
+            assert scope == {"type": "lifespan", "asgi": asgi, "state": {}}
             assert await receive() == {"type": "lifespan.startup"}
             await send(UP)
 
-        serves(living(lifespan), lifespan="on")
-        assert len(scopes) == 1 and scopes[0]["type"] == "lifespan"
-        assert scopes[0]["asgi"] == {"version": "3.0", "spec_version": "2.0"}
-        assert scopes[0]["state"] == {}
+        assert serves(living(lifespan), lifespan="on").startswith(b"HTTP/1.1 200 ")
 
     @pytest.mark.parametrize("mode", ["auto", "on"])
     def test_it_is_complete_before_the_first_request(self, mode):
@@ -104,8 +106,8 @@ class TestStartup:
         async def app(scope, receive, send):
             states.append(scope["state"])
             if scope["type"] == "lifespan":
-                await receive()
                 scope["state"]["pool"] = []
+                await receive()
                 await send(UP)
                 await receive()
                 return await send(DOWN)
@@ -121,114 +123,71 @@ class TestStartup:
         assert shared == {"pool": ["/", "/"]}
         assert first == second == {**shared, "/": "mine"} and first is not second
 
+    @pytest.mark.parametrize(
+        "steps, why",
+        [
+            ([None, UP_FAILED], "no database"),
+            ([{"type": "lifespan.startup.failed"}], "failed to start"),
+            # Starlette says that it failed, and lets the exception go on.
+            ([None, UP_FAILED, RuntimeError("something else")], "no database"),
+        ],
+    )
     @pytest.mark.parametrize("mode", ["auto", "on"])
-    def test_startup_failed_stops_with_its_message(self, mode):
-        async def lifespan(scope, receive, send):
-            await receive()
-            await send(UP_FAILED)
+    def test_startup_failed_stops_with_its_message(self, mode, steps, why):
+        with pytest.raises(server.StartupError, match=why):
+            serves(doing(*steps), lifespan=mode)
 
-        assert "no database" in startup_error(living(lifespan), lifespan=mode)
-
-    def test_startup_failed_without_a_message_stops_too(self):
-        async def lifespan(scope, receive, send):
-            await send({"type": "lifespan.startup.failed"})
-
-        assert "failed to start" in startup_error(living(lifespan))
-
-    def test_startup_failed_keeps_its_message_if_the_app_then_raises(self):
-        """Starlette sends startup.failed and lets the exception go on."""
-
-        async def lifespan(scope, receive, send):
-            await receive()
-            await send(UP_FAILED)
-            raise RuntimeError("something else")
-
-        assert "no database" in startup_error(living(lifespan))
+    @pytest.mark.parametrize("kind", [SystemExit, KeyboardInterrupt])
+    def test_an_app_that_ends_the_process_stops_it_with_code_3_and_one_line(self, kind, log):
+        """sys.exit() in a startup hook means that the app cannot start, and not that it
+        does not know lifespan."""
+        assert server.run(doing(None, kind("no licence")), port=0) == 3
+        (line,) = errors(log)
+        assert kind.__name__ in line and "no licence" in line and "\n" not in line
 
     def test_a_stop_during_a_startup_that_hangs_ends_promptly(self):
-        asked, ended = threading.Event(), threading.Event()
+        begun = threading.Event()
 
-        async def lifespan(scope, receive, send):
-            asked.set()
-            try:
-                await asyncio.Event().wait()
-            finally:
-                ended.set()
+        async def hang():
+            begun.set()
+            await asyncio.Event().wait()
 
         options = {"lifespan": "on", "timeout_graceful_shutdown": 100}
-        with starting(living(lifespan), **options) as running:
-            assert asked.wait(PATIENCE)
-        assert ended.is_set() and not running.errors
+        with starting(doing(hang), **options) as running:
+            assert begun.wait(PATIENCE)
+        assert not running.errors
 
 
 class TestSupport:
     """ASGI lifespan, "Scope": after an exception "the server must continue"."""
 
-    @pytest.mark.parametrize("failure", [ValueError("scope\ntype"), SystemExit(1)])
-    def test_in_auto_an_exception_means_unsupported(self, failure, log):
-        async def lifespan(scope, receive, send):
-            raise failure
+    @pytest.mark.parametrize("steps", [[ValueError("scope\ntype")], []], ids=["raises", "returns"])
+    def test_in_auto_an_app_that_ends_at_once_does_without(self, steps, log):
+        assert serves(doing(*steps)).startswith(b"HTTP/1.1 200 ")
+        (line,) = [r.getMessage() for r in log.records if "lifespan" in r.getMessage()]
+        assert "\n" not in line and not errors(log)
 
-        assert serves(living(lifespan)).startswith(b"HTTP/1.1 200 ")
-        lines = [r.getMessage() for r in log.records if "lifespan" in r.getMessage()]
-        assert len(lines) == 1 and "not supported" in lines[0] and "\n" not in lines[0]
-        assert not [r for r in log.records if r.levelname == "ERROR"]
-
-    def test_in_auto_an_app_that_returns_at_once_is_served(self):
-        async def lifespan(scope, receive, send):
-            return
-
-        assert serves(living(lifespan)).startswith(b"HTTP/1.1 200 ")
-
-    def test_in_on_an_exception_stops_and_is_the_cause(self):
-        async def lifespan(scope, receive, send):
-            raise ValueError("mine")
-
-        with pytest.raises(server.StartupError) as raised:
-            serves(living(lifespan), lifespan="on")
-        assert isinstance(raised.value.__cause__, ValueError)
-
-    def test_in_on_an_app_that_returns_at_once_stops(self):
-        async def lifespan(scope, receive, send):
-            return
-
-        assert "lifespan" in startup_error(living(lifespan), lifespan="on")
+    @pytest.mark.parametrize("steps", [[ValueError("mine")], []], ids=["raises", "returns"])
+    def test_in_on_it_stops_the_server(self, steps):
+        with pytest.raises(server.StartupError, match="lifespan") as raised:
+            serves(doing(*steps), lifespan="on")
+        assert raised.value.__cause__ is (steps[0] if steps else None)
 
     def test_in_off_the_app_is_not_asked(self):
-        async def lifespan(scope, receive, send):
-            called.append(scope)
+        app = doing(AssertionError("it was asked"))
+        assert serves(app, lifespan="off").startswith(b"HTTP/1.1 200 ")
 
-        called = []
-        assert serves(living(lifespan), lifespan="off").startswith(b"HTTP/1.1 200 ")
-        assert called == []
-
-    def test_an_exception_after_startup_is_logged_and_requests_go_on(self, log):
-        ended = threading.Event()
-
-        async def lifespan(scope, receive, send):
-            await receive()
-            await send(UP)
-            ended.set()
-            raise ValueError("mine")
-
-        with serving(living(lifespan), lifespan="on") as running:
-            assert ended.wait(PATIENCE)
+    def test_when_it_raises_after_startup_it_is_logged_and_requests_go_on(self, log):
+        with serving(doing(None, UP, ValueError("mine")), lifespan="on") as running:
             assert running.talk(GET).startswith(b"HTTP/1.1 200 ")
-        assert log.text.count("ValueError: mine") == 1 and __file__ in log.text
-
-    def test_returning_after_startup_is_allowed(self, log):
-        async def lifespan(scope, receive, send):
-            await receive()
-            await send(UP)
-
-        assert serves(living(lifespan), lifespan="on").startswith(b"HTTP/1.1 200 ")
-        assert not [r for r in log.records if r.levelname == "ERROR"]
+        (line,) = errors(log)
+        assert "ValueError: mine" in log.text and __file__ in line
 
 
 class TestShutdown:
     """ASGI lifespan, "Shutdown - receive event"."""
 
-    def test_it_comes_after_the_last_connection_is_finished(self):
+    def test_it_comes_after_the_last_connection_and_is_waited_for(self):
         asked, go, steps = threading.Event(), asyncio.Event(), []
 
         async def app(scope, receive, send):
@@ -237,6 +196,8 @@ class TestShutdown:
                 await send(UP)
                 assert await receive() == {"type": "lifespan.shutdown"}
                 steps.append(len(running.server.connections | running.server.tasks))
+                await asyncio.sleep(0)
+                steps.append("saved")
                 return await send(DOWN)
             asked.set()
             await go.wait()
@@ -251,119 +212,47 @@ class TestShutdown:
             assert running.thread.is_alive() and steps == []
             running.call(go.set)
             assert client.response()[0] == 200
-        assert steps == ["request", 0]
+        assert steps == ["request", 0, "saved"]
 
-    def test_the_server_waits_until_it_is_complete(self):
-        steps = []
-
-        async def lifespan(scope, receive, send):
-            await receive()
-            await send(UP)
-            await receive()
-            for _ in range(100):
-                await asyncio.sleep(0)
-            steps.append("saved")
-            await send(DOWN)
-
-        serves(living(lifespan))
-        assert steps == ["saved"]
-
-    @pytest.mark.parametrize("then", [None, RuntimeError("something else")])
-    def test_shutdown_failed_is_logged_with_its_message(self, then, log):
-        async def lifespan(scope, receive, send):
-            await receive()
-            await send(UP)
-            await receive()
-            await send(DOWN_FAILED)
-            if then:
-                raise then
-
-        serves(living(lifespan))
-        assert "not saved" in log.text
-
-    def test_an_exception_in_it_is_logged(self, log):
-        async def lifespan(scope, receive, send):
-            await receive()
-            await send(UP)
-            await receive()
-            raise ValueError("mine")
-
-        serves(living(lifespan))
-        assert log.text.count("ValueError: mine") == 1
+    @pytest.mark.parametrize(
+        "steps, why",
+        [([DOWN_FAILED], "not saved"), ([ValueError("mine")], "ValueError: mine")],
+    )
+    def test_a_failure_is_logged(self, steps, why, log):
+        serves(doing(None, UP, None, *steps))
+        assert why in "\n".join(errors(log))
 
     def test_one_that_hangs_is_bounded_and_logged(self, log):
-        ended = threading.Event()
-
-        async def lifespan(scope, receive, send):
-            await receive()
-            await send(UP)
-            await receive()
-            try:
-                await asyncio.Event().wait()
-            finally:
-                ended.set()
-
-        serves(living(lifespan), timeout_graceful_shutdown=0.2)
-        assert "0.2 s" in log.text and ended.is_set()
+        hang = asyncio.Event().wait
+        serves(doing(None, UP, None, hang), timeout_graceful_shutdown=0.2)
+        assert "0.2 s" in log.text
 
 
-SHUTTING = [UP, DOWN]  # what is right, in this order, each after its receive
-
-# What an app may not say: after how many receives and right answers, and the message.
-WRONG = {
-    "no type": (1, 0, {}),
-    "type None": (1, 0, {"type": None}),
-    "an unknown type": (1, 0, {"type": "lifespan.startup.begun"}),
-    "a type of HTTP": (1, 0, START),
-    "a type without its prefix": (1, 0, {"type": "startup.complete"}),
-    "a type of receive": (1, 0, {"type": "lifespan.startup"}),
-    "a type with more to it": (1, 0, {"type": "lifespan.startup.complete.d"}),
-    "shutdown before startup": (1, 0, DOWN),
-    "shutdown failed before startup": (1, 0, DOWN_FAILED),
-    "startup twice": (1, 1, UP),
-    "startup failed after complete": (1, 1, UP_FAILED),
-    "shutdown before it was asked for": (1, 1, DOWN),
-    "startup in shutdown": (2, 1, UP),
-    "shutdown twice": (2, 2, DOWN),
-    "shutdown failed after complete": (2, 2, DOWN_FAILED),
-}
+WRONG = [  # after how many of the steps None, UP, None, DOWN an app may not say what
+    *((1, {}), (1, {"type": None}), (1, START), (1, {"type": "lifespan.startup"})),
+    *((1, DOWN), (2, UP), (2, UP_FAILED), (2, DOWN), (3, UP), (4, DOWN), (4, DOWN_FAILED)),
+]
 
 
 class TestMisuse:
     """ASGI, "Error Handling": "raise an exception out of the send awaitable"."""
 
-    @pytest.mark.parametrize("receives, answers, message", WRONG.values(), ids=WRONG)
-    def test_a_wrong_message_raises_and_the_right_one_still_works(
-        self, receives, answers, message, log
-    ):
-        raised = queue.Queue()
+    @pytest.mark.parametrize("place, message", WRONG)
+    def test_a_wrong_message_raises_and_the_right_one_still_works(self, place, message, log):
+        raised = []
 
         async def lifespan(scope, receive, send):
-            for number, right in enumerate(SHUTTING):
-                await receive()
-                if (receives, answers) == (number + 1, number):
-                    await try_it(send)
-                await send(right)
-                if (receives, answers) == (number + 1, number + 1):
-                    await try_it(send)
-
-        async def try_it(send):
-            try:
-                await send(message)
-                raised.put(None)
-            except Exception as exc:
-                raised.put(exc)
+            for number, step in enumerate((None, UP, None, DOWN), 1):
+                await (send(step) if step else receive())
+                if number == place:
+                    with pytest.raises(Exception) as caught:
+                        await send(message)
+                    raised.append(caught.type)
 
         assert serves(living(lifespan), lifespan="on").startswith(b"HTTP/1.1 200 ")
-        assert isinstance(raised.get(timeout=PATIENCE), Exception)
-        assert not [r for r in log.records if r.levelname == "ERROR"]
+        assert len(raised) == 1 and not errors(log)
 
     def test_additional_keys_are_ignored(self, log):
-        async def lifespan(scope, receive, send):
-            await receive()
-            await send({**UP, "more": 1})
-            await receive()
-            await send({**DOWN, "more": 1})
-
-        assert serves(living(lifespan), lifespan="on").startswith(b"HTTP/1.1 200 ")
-        assert not [r for r in log.records if r.levelname == "ERROR"]
+        app = doing(None, {**UP, "more": 1}, None, {**DOWN, "more": 1})
+        assert serves(app, lifespan="on").startswith(b"HTTP/1.1 200 ")
+        assert not errors(log)

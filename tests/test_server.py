@@ -1,0 +1,224 @@
+"""Chapter 3: how a server stops, phase by phase; and how a program starts one in a loop
+of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import queue
+
+import pytest
+from apps import END, START, body, echo, errors, get, narrow_listener, saying, serve, turns
+from apps import until
+from conftest import GET, PATIENCE, get as ask, refuses
+
+import server
+
+LONG = {"timeout_graceful_shutdown": 1000.0}  # a stop must not need this time
+CHUNK = body(b"not ", more=True)
+DISCONNECT = {"type": "http.disconnect"}
+
+
+def stop(running):
+    """Begin a graceful stop, and let it get as far as it can."""
+    running.call(running.server.stop, "the test says so")
+    turns(running)
+
+
+def ends(running):
+    """The server has nothing to wait for any more."""
+    running.thread.join(PATIENCE)
+    assert not running.thread.is_alive() and not running.errors
+
+
+class Gated:
+    """An app that tells its path, and answers when it is told to."""
+
+    def __init__(self, *before):
+        self.before = before
+        self.calls = queue.Queue()
+        self.go = asyncio.Event()
+
+    async def __call__(self, scope, receive, send):
+        for message in self.before:
+            await send(message)
+        self.calls.put(scope["path"])
+        await self.go.wait()
+        if not self.before:
+            await send(START)
+        await send(body(b"done"))
+
+
+BEFORE = pytest.mark.parametrize("before", [[], [START, CHUNK]], ids=["silent", "streaming"])
+
+
+class TestGracefulStop:
+    """behaviour.md §6: stop accepting, finish requests, tell the apps, cancel them."""
+
+    def test_an_idle_connection_is_closed(self, monkeypatch):
+        """At once if it has had an answer. A new one has a moment to send its request."""
+        monkeypatch.setattr(server, "LAST_CALL", 0.2)
+        patient = {"timeout_keep_alive": 3600, "timeout_request_head": 3600}
+        with serve(saying(START, END), **LONG, **patient) as running:
+            with running.connect() as idle, running.connect() as silent:
+                idle.send(GET)
+                assert idle.response()[0] == 200
+                until(running, lambda: len(running.server.connections) == 2)
+                running.call(running.server.stop, "the test says so")
+                assert idle.read_all() == silent.read_all() == b""
+                ends(running)
+
+    def test_a_request_that_is_on_its_way_is_answered(self):
+        """What if the connection was accepted just before the stop?"""
+        with serve(saying(START, body(b"x")), **LONG) as running:
+            with running.connect() as new, running.connect() as half:
+                half.send(GET[:9])
+                until(running, lambda: len(running.server.connections) == 2)
+                stop(running)
+                new.send(GET)
+                half.send(GET[9:])
+                for client in (new, half):
+                    status, fields, _ = client.response()
+                    assert (status, fields["connection"]) == (200, "close")
+                ends(running)
+
+    @pytest.mark.parametrize("size", [100_000, 150_000, 200_000, 300_000, 2_000_000])
+    def test_an_answer_arrives_whole_whatever_of_it_is_unsent(self, size, monkeypatch):
+        """What if the app has said all, and the client reads later? Some of these sizes
+        leave a little with asyncio, which has told us that it has room."""
+        monkeypatch.setattr(server, "LAST_CALL", 0.1)
+        app = saying(START, body(bytes(size)))
+        with serve(app, narrow_listener(), **LONG) as running, running.connect() as client:
+            client.send(GET)
+            client.read_until(b"\r\n\r\n")
+            running.call(running.server.stop, "the test says so")
+            running.thread.join(0.3)  # it must not end before the client has read
+            assert client.read_all().count(b"\0") == size
+            ends(running)
+
+    @BEFORE
+    def test_a_request_in_flight_finishes_while_new_connections_are_refused(self, before):
+        app = Gated(*before)
+        with serve(app, **LONG) as running, running.connect() as client:
+            client.send(GET)
+            app.calls.get(timeout=PATIENCE)
+            stop(running)
+            assert refuses(running.address)
+            running.call(app.go.set)
+            assert client.response()[2] == (b"not done" if before else b"done")
+            assert client.read_all() == b""
+            ends(running)
+
+    @BEFORE
+    def test_a_request_behind_it_is_answered_if_the_client_may_expect_it(self, before):
+        """It may not after an answer that says `Connection: close`. A stream that began
+        before the stop has not said so, and a proxy may have sent a request behind it."""
+        app = Gated(*before)
+        with serve(app, **LONG) as running, running.connect() as client:
+            client.send(get(b"/1") + get(b"/2"))
+            assert app.calls.get(timeout=PATIENCE) == "/1"
+            stop(running)
+            running.call(app.go.set)
+            found = [client.response()[1].get("connection") for _ in range(1 + len(before) // 2)]
+            assert found == ([None, "close"] if before else ["close"])
+            assert client.read_all() == b""
+            ends(running)
+
+    def test_half_way_receive_says_disconnect_and_send_still_works(self, log):
+        seen = queue.Queue()
+
+        async def app(scope, receive, send):
+            await receive()
+            await send(START)
+            await send(CHUNK)
+            seen.put("streaming")
+            seen.put(await receive())
+            await send(body(b"done"))
+
+        with serve(app, timeout_graceful_shutdown=0.5) as running:
+            with running.connect() as client:
+                client.send(GET)
+                assert seen.get(timeout=PATIENCE) == "streaming"
+                stop(running)
+                assert client.response()[2] == b"not done"
+            assert seen.get(timeout=PATIENCE) == DISCONNECT
+            ends(running)
+        assert "telling the app" in log.text and "cancelling" not in log.text
+
+    @BEFORE
+    def test_at_the_end_of_the_grace_requests_are_cancelled(self, before, log):
+        app = Gated(*before)
+        with serve(app, timeout_graceful_shutdown=0.2) as running:
+            with running.connect() as client:
+                client.send(GET)
+                app.calls.get(timeout=PATIENCE)
+                running.call(running.server.stop, "the test says so")
+                data = client.read_all()
+        assert data.startswith(b"HTTP/1.1 200" if before else b"HTTP/1.1 50")
+        assert not data.endswith(b"0\r\n\r\n")  # it does not look complete
+        assert "cancelling" in log.text and not errors(log)
+
+
+class TestBackgroundWork:
+    """What an app does after its response is complete."""
+
+    @staticmethod
+    def app(go, seen):
+        async def app(scope, receive, send):
+            await send(START)
+            await send(body(scope["path"].encode()))
+            if scope["path"] == "/slow":
+                await go.wait()
+                seen.put(await receive())
+
+        return app
+
+    def test_it_holds_up_neither_the_next_request_nor_the_end_of_the_connection(self):
+        go, seen = asyncio.Event(), queue.Queue()
+        with serve(self.app(go, seen)) as running:
+            with running.connect() as client:
+                client.send(get(b"/slow") + get(b"/next"))
+                assert client.response()[2] == b"/slow"
+                assert client.response()[2] == b"/next"
+            until(running, lambda: not running.server.connections)
+            running.call(go.set)
+            assert seen.get(timeout=PATIENCE) == DISCONNECT
+
+    def test_a_stop_waits_for_it(self, log):
+        go, seen = asyncio.Event(), queue.Queue()
+        with serve(self.app(go, seen), **LONG) as running, running.connect() as client:
+            client.send(get(b"/slow"))
+            assert client.response()[0] == 200
+            stop(running)
+            assert client.read_all() == b""
+            assert running.thread.is_alive() and seen.empty()
+            running.call(go.set)
+            ends(running)
+        assert seen.get_nowait() == DISCONNECT and "cancelling" not in log.text
+
+
+class TestFromPython:
+    """behaviour.md §1, "From Python": the parts that concern a running loop."""
+
+    def test_serve_calls_ready_with_its_addresses_and_ends_when_it_is_cancelled(self):
+        async def main():
+            ready = asyncio.get_running_loop().create_future()
+            serving = server.serve(echo, port=0, lifespan="off", ready=ready.set_result)
+            task = asyncio.create_task(serving)
+            [address] = await asyncio.wait_for(ready, PATIENCE)
+            assert address.startswith("http://127.0.0.1:")
+            port = int(address.removeprefix("http://127.0.0.1:"))
+            assert (await asyncio.to_thread(ask, ("127.0.0.1", port)))[0] == 200
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            assert refuses(("127.0.0.1", port))
+
+        asyncio.run(main())
+
+    def test_run_inside_a_running_loop_says_to_await_serve(self, log):
+        async def main():
+            return server.run(echo, port=0)
+
+        assert asyncio.run(main()) == 3
+        (line,) = errors(log)
+        assert "await server.serve" in line and "\n" not in line
