@@ -1,23 +1,30 @@
 # examples/microscope.py
 # Watch requests pass through this server in a browser: client, socket, h11, ASGI, app.
-# Spec: ASGI, "Extensions"; WHATWG HTML, "Server-sent events"; RFC 9112, RFC 6455.
+# Spec: WHATWG HTML, "Server-sent events"; RFC 9112; RFC 6455.
 #
-# Run:   python server.py microscope:app
-#        with --trace behind it: without, the page says that there is nothing to see
+# Run:   python examples/microscope.py                 (and any options of server.py)
 # Try:   open http://localhost:8000, press a button, and step with the arrow keys;
 #        curl localhost:8000/hello is drawn as well, and so is what telnet says
-# Look:  server.py, chapter 9, start_trace and Row
+# Look:  server.py, chapter 5, converse and next_request
 #
-# But: the buttons speak plain TCP to whoever accepts: use one worker, and no TLS.
+# But: the buttons speak plain TCP, so use no TLS. One process is traced, as by trace.py.
 
 import asyncio
 import contextlib
 import json
+import math
 import pathlib
 import re
+import sys
 
-PAGE = pathlib.Path(__file__).with_suffix(".html")
-UNTRACED = "This server does not trace. Start it again, with --trace."
+HERE = pathlib.Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE.parent)]  # Python has a module trace, too
+
+import trace  # noqa: E402
+
+import server  # noqa: E402
+
+PAGE = HERE / "microscope.html"
 OWN = re.compile(r"Request \w+ /(events|provoke/\w+)?(\?|$)|ConnectionClosed")
 
 
@@ -48,7 +55,7 @@ async def app(scope, receive, send):
         case "/":  # the rest looks
             await answer(send, PAGE.read_bytes(), "text/html; charset=utf-8")
         case "/events":
-            await events(scope["extensions"].get("foal.trace"), receive, send)
+            await events(receive, send)
         case path if (
             scope["method"] == "POST" and path.removeprefix("/provoke/") in TALKS
         ):
@@ -72,7 +79,7 @@ async def stream(send, parts, kind=b"text/plain"):
             body = {"body": part.encode(), "more_body": True}
             await send({"type": "http.response.body", **body})
     except OSError:
-        return  # because the client has left, without a word
+        return  # because the client has left
     await send({"type": "http.response.body"})
 
 
@@ -82,20 +89,19 @@ async def forever():
         await asyncio.sleep(0.25)
 
 
-async def events(trace, receive, send):
+async def events(receive, send):
     """The rows as they come, until the page is closed."""
     rows = asyncio.Queue()
     lens = Lens(rows.put_nowait)
 
     async def look():
-        yield ": looking\n\n" if trace else f"event: off\ndata: {UNTRACED}\n\n"
-        batch = [] if trace else [None]
+        yield ": looking\n\n"
+        batch = []
         while None not in batch:
             batch = [await rows.get()]
-            await asyncio.sleep(0.1)  # to look disturbs: so later, and many at once
+            await asyncio.sleep(0.1)  # to look disturbs the server: so many at once
             batch += [rows.get_nowait() for _ in range(rows.qsize())]
-            told = [f"data: {json.dumps(row._asdict())}\n\n" for row in batch if row]
-            yield "".join(told)
+            yield "".join(f"data: {json.dumps(row)}\n\n" for row in batch if row)
 
     async def leave():
         while (await receive())["type"] != "http.disconnect":
@@ -103,37 +109,95 @@ async def events(trace, receive, send):
         rows.put_nowait(None)
 
     leaving = asyncio.create_task(leave())
-    listeners = trace["listeners"] if trace else []
-    listeners.append(lens)
+    trace.listeners.append(lens)
     try:
         await stream(send, look(), b"text/event-stream")
     finally:
-        listeners.remove(lens)
+        trace.listeners.remove(lens)
         leaving.cancel()
 
 
 class Lens:
-    """Passes on the rows of all connections but the page's own: each of these that it
-    sent would make more of them. It keeps those of a connection that has yet to ask."""
+    """Passes on the rows of all connections except the page's own: to send those would
+    make new ones. It keeps the rows of a connection until its first request is read."""
 
     def __init__(self, pass_on):
         self.pass_on = pass_on
         self.kept, self.shown = {}, set()  # rows by connection; connections
 
     def __call__(self, row):
+        told = {**row._asdict(), **place(row)}
         if row.connection in self.shown:
-            self.pass_on(row)
+            self.pass_on(told)
         elif row.what.startswith("connection_made"):
-            self.kept[row.connection] = [row]
-        elif row.connection in self.kept:  # else the page's own, or older than the page
-            self.kept[row.connection].append(row)
-            if row.layer == "h11":  # the request, or what is wrong with it
+            self.kept[row.connection] = [told]
+        elif row.connection in self.kept:  # else it is the page's own, or older
+            self.kept[row.connection].append(told)
+            if row.what.startswith("connection_lost"):
+                del self.kept[row.connection]  # it has never asked
+            elif row.layer == "h11":  # the request, or what is wrong with it
                 rows = self.kept.pop(row.connection)
                 if not OWN.match(row.what):
                     self.shown.add(row.connection)
                     for kept in rows:
                         self.pass_on(kept)
 
+
+# Where a row belongs: a function of server.py, and a step of README's walks.
+
+FUNCTIONS = {  # for the messages of an app, and else for the bytes by h11's state
+    "http.response.start": "Exchange.handle",
+    "http.response.body": "Exchange.send_body",
+    "websocket.accept": "WebSocket.accept",
+    "websocket.send": "WebSocket.send_message",
+    "websocket.close": "WebSocket.start_close",
+    "IDLE": "Connection.next_request",
+    "SEND_BODY": "Exchange.receive",
+    "SWITCHED_PROTOCOL": "WebSocket.talk",
+}
+
+
+def place(row):
+    """The name of the function, and the text of the step. This is called from where the
+    row was made, so it can see which functions of server.py are running."""
+    word, frame, running = row.what.split(" ", 1)[0], sys._getframe(), []
+    while frame := frame.f_back:
+        if frame.f_code.co_filename == server.__file__ and "self" in frame.f_locals:
+            running.append((frame.f_code.co_qualname, frame.f_lineno))
+            exchange = frame.f_locals["self"]
+    if row.layer == "ASGI":
+        receive = type(exchange).receive.__qualname__ if running else "Exchange.receive"
+        running = [(FUNCTIONS.get(word, receive), math.inf)]
+    elif row.layer == "wire" and row.direction == "->":
+        running = [(f"Wire.{word}", math.inf)]
+        if word == "data_received" and row.states[1] in FUNCTIONS:
+            running.append((FUNCTIONS[row.states[1]], math.inf))
+    running = running or [("Connection.tear_down", math.inf)]  # its last act, by call_soon
+    for name, line in running:  # from the innermost function that is a step or has some
+        if steps := STEPS.get(name):
+            so_far = [step for number, step in steps if number <= line]
+            return {"function": running[0][0], "step": (so_far or [steps[0][1]])[-1]}
+    return {"function": running[0][0], "step": ""}
+
+
+def find_steps():
+    """{function: [(line, step), …]}: where `# walk: 3` stands, and what README says."""
+    readme = (HERE.parent / "README.md").read_text(encoding="utf-8")
+    steps, texts, kind, name = {}, {}, "", ""
+    for mark, title in (("", "Life of a request"), ("ws ", "Life of a WebSocket")):
+        walk = readme.partition(f"## {title}")[2].partition("\n## ")[0].replace("`", "")
+        for number, said in re.findall(r"(?ms)^(\d+)\. (.*?)(?=^\d+\. |^$|\Z)", walk):
+            texts[mark + number] = f"{title}, {number}. {' '.join(said.split())}"
+    code = pathlib.Path(server.__file__).read_text(encoding="utf-8")
+    for number, line in enumerate(code.splitlines(), 1):
+        if found := re.match(r"class (\w+)|    (?:async )?def (\w+)", line):
+            kind, name = found[1] or kind, found[2]
+        elif (found := re.search(r"# walk: (\S.*)", line)) and found[1] in texts:
+            steps.setdefault(f"{kind}.{name}", []).append((number, texts[found[1]]))
+    return steps
+
+
+STEPS = find_steps()
 
 # The buttons. Each is a client: bytes to send, text to wait for, seconds to let pass.
 
@@ -169,3 +233,9 @@ async def talk(host, port, steps):
                         await reader.readuntil(step.encode("latin-1"))
                     case float():
                         await asyncio.sleep(step)
+
+
+if __name__ == "__main__":
+    trace.start_tracing()
+    trace.listeners.clear()  # the page shows the rows, and the terminal need not
+    sys.exit(server.main(["microscope:app", *sys.argv[1:]]))
