@@ -34,7 +34,7 @@ def main() -> None:
         print(f"listening on {shown}; connect, or press Ctrl-C")
         connection, client = listener.accept()
         connection.close()
-        print(f"somebody has called: {client}")
+        print(f"a client has called: {client}")
 
 
 if __name__ == "__main__":

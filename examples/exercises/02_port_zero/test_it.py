@@ -48,7 +48,7 @@ def test_an_ipv6_address_stands_in_brackets(exercise):
 
 
 def test_one_function_describes_a_listener(exercise):
-    """Given nothing but the listener, so that nobody can tell it a wrong address."""
+    """Given nothing but the listener, so that it cannot be told a wrong address."""
     assert hasattr(exercise, "describe"), "step 2: describe(listener) -> str"
     with socket.create_server(("127.0.0.1", 0)) as listener:
         expected = "http://127.0.0.1:%d" % listener.getsockname()[1]

@@ -1,4 +1,4 @@
-"""Which event loop? One pure function, which has not heard of reloading.
+"""Which event loop? One pure function, which ignores --reload.
 
 Run:   python examples/exercises/03_reload_proactor/start.py
 """

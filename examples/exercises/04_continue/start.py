@@ -1,5 +1,5 @@
 """A server for one request, blocking, on h11 and a socket. It says `100 Continue` as
-soon as it has read the head, and the app is never asked whether it wants the body.
+soon as it has read the head, whether the app wants the body or not.
 
 Run:   python examples/exercises/04_continue/start.py
 Try:   curl -v -H "Expect: 100-continue" -d hello localhost:8004

@@ -160,7 +160,7 @@ def test_it_is_not_said_behind_the_answer(exercise):
 )
 def test_a_client_that_does_not_wait_is_not_told(exercise, first):
     """RFC 9110 §10.1.1: in a request of HTTP/1.0 it MUST be ignored, and with content
-    here already it MAY be omitted: nobody waits for it."""
+    here already it MAY be omitted: the client does not wait."""
     with connected(exercise, takes_it, first) as client:
         answer = read_all(client)
     assert answer.startswith(b"HTTP/1.1 200 ") and answer.endswith(b"hello"), answer

@@ -31,14 +31,14 @@ class Reloader:
         self.child.wait()
 
     def reload(self, code: str) -> None:
-        """The file was saved: out with the old child, in with a new one."""
+        """The file was saved: stop the old child, start a new one."""
         self.stop()
         self.code = code
         self.start()
 
 
 def prove(reloader_class: type[Reloader]) -> None:
-    """Raise AssertionError, or whatever comes up, unless this class works: a living
+    """Raise AssertionError, or any other exception, unless this class works: a living
     child is stopped, a dead one is replaced, and the new one runs the new code."""
 
 

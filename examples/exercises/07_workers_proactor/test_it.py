@@ -20,7 +20,7 @@ def test_a_reloading_server_shares_its_listener(exercise):
 
 @pytest.mark.parametrize("workers", [2, 3, 16])
 def test_so_does_a_server_with_workers(exercise, workers):
-    """uvicorn #1317: two children, one listener, and nobody reloads."""
+    """uvicorn #1317: two children, one listener, and no reload."""
     assert chosen(exercise.Config, workers=workers) == loops.SELECTOR
 
 

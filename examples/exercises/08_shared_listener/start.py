@@ -1,5 +1,5 @@
-"""Two workers on one port. Each says its process number to whoever connects, and holds
-the connection until the client closes it.
+"""Two workers on one port. Each tells its process number to a client that connects, and
+holds the connection until the client closes it.
 
 Run:   python examples/exercises/08_shared_listener/start.py     (both workers die)
        it ends when its standard input does: press Ctrl-D, on Windows Ctrl-Z and Enter

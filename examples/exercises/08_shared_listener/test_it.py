@@ -16,7 +16,7 @@ def test_a_client_can_connect_before_there_is_a_worker(exercise):
             with Client(listener.getsockname()):
                 listener.accept()[0].close()
         except ConnectionRefusedError:
-            raise AssertionError("nobody listens yet") from None
+            raise AssertionError("no process listens yet") from None
 
 
 @pytest.fixture

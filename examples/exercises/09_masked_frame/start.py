@@ -1,5 +1,5 @@
-"""Frames from a client's bytes. As it is, it reads short frames that nobody has masked,
-which is what a server sends and not what it gets.
+"""Frames from a client's bytes. As it is, it reads short frames without a mask. A server
+sends such frames, but it does not get any.
 
 Run:   python examples/exercises/09_masked_frame/start.py
 """

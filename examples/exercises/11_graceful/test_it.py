@@ -10,7 +10,7 @@ import pytest
 
 # Seconds; only a failing test takes so long. Windows takes two to say "refused".
 DEADLINE = 2.0 if os.name != "nt" else 10.0
-LONG = 60.0  # seconds of grace, which nobody must need
+LONG = 60.0  # seconds of grace, which no test should need
 
 
 class App:

@@ -1,4 +1,4 @@
-"""Lift chapters 7 and 8 of server.py into a file of their own, websocket_session.py. As
+"""Lift chapters 8 and 9 of server.py into a file of their own, websocket.py. As
 it is, it cuts the text in two, and neither half runs.
 
 Run:   python examples/exercises/12_two_files/start.py /tmp/split
@@ -18,15 +18,14 @@ FILES = ("*.py", "*.toml", "README.md", "tests/*", "tests/traces/*", "examples/*
 
 
 def lift(text: str) -> tuple[str, str]:
-    """From the text of server.py: the new server.py, and websocket_session.py."""
-    before, lifted, after = cut(text)
-    return before + after, lifted
+    """From the text of server.py: the new server.py, and websocket.py."""
+    return cut(text)
 
 
-def cut(text: str) -> tuple[str, str, str]:
-    """The start and chapters 1 to 6; chapters 7 and 8; and what follows."""
-    start, end = (re.search(rf"(?m)^# ─+ {n}\. .* ──$", text).start() for n in (7, 9))
-    return text[:start], text[start:end], text[end:]
+def cut(text: str) -> tuple[str, str]:
+    """Everything up to chapter 7; chapters 8 and 9, which are the last."""
+    start = re.search(r"(?m)^# ─+ 8\. .* ──$", text).start()
+    return text[:start], text[start:]
 
 
 def make_copy(folder: Path) -> None:
@@ -37,7 +36,7 @@ def make_copy(folder: Path) -> None:
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(source, target)
     texts = lift((ROOT / "server.py").read_text(encoding="utf-8"))
-    for name, text in zip(("server.py", "websocket_session.py"), texts, strict=True):
+    for name, text in zip(("server.py", "websocket.py"), texts, strict=True):
         (folder / name).write_text(text, encoding="utf-8", newline="\n")
 
 

@@ -1,5 +1,5 @@
 """A server for one request, blocking, on h11 and a socket, that says `100 Continue`
-when somebody waits for it: the app for the body, and the client for a word. The answer.
+when both wait: the app for the body, and the client for a 100. The answer.
 
 Run:   python examples/exercises/answers/04_continue.py
 Try:   curl -v -H "Expect: 100-continue" -d hello localhost:8004
@@ -24,7 +24,7 @@ class Exchange:
     def next_event(self) -> h11.Event:
         """What the client says next. Reads only when h11 has nothing left."""
         while (event := self.conn.next_event()) is h11.NEED_DATA:
-            # About to block. If the client waits as well, nobody would ever move.
+            # About to block. If the client waits as well, both would wait for ever.
             if self.conn.they_are_waiting_for_100_continue:
                 self.say_continue()
             self.conn.receive_data(self.sock.recv(65536))

@@ -43,7 +43,7 @@ def prove(reloader_class: type[Reloader]) -> None:
     assert not alive.running(), "a living child was not stopped"
 
     dead = reloader_class(CRASH)
-    dead.child.wait()  # reaped: only now is its number nobody's
+    dead.child.wait()  # reaped: only now is its number free
     # An exit code tells the new child from the old one. running() would not: just after
     # the start it is true of a child that is about to die.
     dead.reload("raise SystemExit(7)")

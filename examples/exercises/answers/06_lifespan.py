@@ -66,7 +66,7 @@ class Lifespan:
         except Exception as exc:  # the app is foreign code
             print(f"lifespan: the app raised {exc!r}")
         finally:
-            self.reply("ended")  # however it ends, nobody waits for it any longer
+            self.reply("ended")  # however it ends, no question waits any longer
 
     async def send(self, message: Message) -> None:
         match message["type"].removeprefix(f"lifespan.{self.question}."):

@@ -52,7 +52,7 @@ class Server:
         self.stopping = True
         self.acceptor.close()  # and not wait_closed: it would wait for the idle ones
         for task in self.connections - self.busy:
-            task.cancel()  # between two lines: nobody waits for anything
+            task.cancel()  # between two lines: its client waits for nothing
         late = set()
         if self.connections:
             _, late = await asyncio.wait(self.connections, timeout=grace)

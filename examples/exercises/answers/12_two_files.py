@@ -1,4 +1,4 @@
-"""Lift chapters 7 and 8 of server.py into a file of their own, websocket_session.py.
+"""Lift chapters 8 and 9 of server.py into a file of their own, websocket.py.
 The answer: it asks the text itself which half needs what of the other, and so it goes
 on working while server.py changes.
 
@@ -20,15 +20,15 @@ from pathlib import Path
 ROOT = next(p for p in Path(__file__).resolve().parents if (p / "server.py").exists())
 FILES = ("*.py", "*.toml", "README.md", "tests/*", "tests/traces/*", "examples/*.py")
 
-OPENING = '''"""One WebSocket: its opening handshake, its session, its frames.
+OPENING = '''"""One WebSocket: from the accept to the last Close, and its frames.
 
-Owns: what chapters 7 and 8 of server.py owned.
-Must not know: how a connection came about, or who else is served.
+Owns: what chapters 8 and 9 of server.py owned.
+Must not know: how its connection was made, or which other clients are served.
 
-Read beside: RFC 6455, RFC 7692; ASGI www, "WebSocket".
+Read beside: RFC 6455; ASGI www, "WebSocket".
 
 The bug that shaped it: server.py needs this file, and this file needs the base class of
-    its session from server.py, which has three names while it runs (__main__,
+    WebSocket from server.py, which has three names while it runs (__main__,
     __mp_main__, server). Only the last of them imports us, below all its definitions.
 """
 
@@ -38,18 +38,18 @@ from __future__ import annotations
 
 
 def lift(text: str) -> tuple[str, str]:
-    """From the text of server.py: the new server.py, and websocket_session.py."""
-    before, lifted, after = cut(text)
-    session = OPENING + needs(before, lifted) + "\n" + lifted.rstrip() + "\n"
+    """From the text of server.py: the new server.py, and websocket.py."""
+    before, lifted = cut(text)
+    websocket = OPENING + needs(before, lifted) + "\n" + lifted.rstrip() + "\n"
     before = without_chapters(before)
-    before = without_imports(before, used_names(before + after))
-    return before + after + give_back(lifted), session
+    before = without_imports(before, used_names(before))
+    return before.rstrip() + "\n" + give_back(lifted), websocket
 
 
-def cut(text: str) -> tuple[str, str, str]:
-    """The start and chapters 1 to 6; chapters 7 and 8; and what follows."""
-    start, end = (re.search(rf"(?m)^# ─+ {n}\. .* ──$", text).start() for n in (7, 9))
-    return text[:start], text[start:end], text[end:]
+def cut(text: str) -> tuple[str, str]:
+    """Everything up to chapter 7; chapters 8 and 9, which are the last."""
+    start = re.search(r"(?m)^# ─+ 8\. .* ──$", text).start()
+    return text[:start], text[start:]
 
 
 def needs(before: str, lifted: str) -> str:
@@ -67,9 +67,9 @@ def needs(before: str, lifted: str) -> str:
 
 
 def give_back(lifted: str) -> str:
-    """What server.py says last: the names it has lost, and everybody asks it for."""
+    """The end of server.py: the names that it has lost, and that others ask it for."""
     lines = textwrap.indent(
-        import_from("websocket_session", defined_names(lifted)), "    "
+        import_from("websocket", defined_names(lifted)), "    "
     )
     return (
         '\nif __name__ == "server":\n'
@@ -79,8 +79,8 @@ def give_back(lifted: str) -> str:
 
 
 def without_chapters(before: str) -> str:
-    """The list of contents, without the two that have left."""
-    return re.sub(r"(?m)^    [78]  \w+ +\w.*\n", "", before)
+    """The list of contents, without the two that have gone."""
+    return re.sub(r"(?m)^    [89]  \w+ +\w.*\n", "", before)
 
 
 def without_imports(before: str, used: set[str]) -> str:
@@ -135,7 +135,7 @@ def make_copy(folder: Path) -> None:
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(source, target)
     texts = lift((ROOT / "server.py").read_text(encoding="utf-8"))
-    for name, text in zip(("server.py", "websocket_session.py"), texts, strict=True):
+    for name, text in zip(("server.py", "websocket.py"), texts, strict=True):
         (folder / name).write_text(text, encoding="utf-8", newline="\n")
 
 
