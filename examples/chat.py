@@ -4,8 +4,8 @@
 #
 # Run:   python server.py chat:app
 # Try:   open http://localhost:8000 in two tabs, and write in both
-# Look:  server.py, chapter 7, WebSocketSession (its send waits for a client that reads
-#        slowly: one holds up the speaker; a queue for each client is a good exercise)
+# Look:  server.py, chapter 8, WebSocket (send waits for a client that reads slowly, and
+#        holds up the speaker: give each client a queue of its own, as an exercise)
 
 import itertools
 
@@ -47,4 +47,4 @@ async def say(words):
         try:
             await send({"type": "websocket.send", "text": words})
         except OSError:
-            pass  # because that one leaves, too: its own loop will say so
+            pass  # because that client leaves as well: its own loop says so

@@ -5,7 +5,7 @@
 # Run:   python server.py checker:app
 # Try:   curl localhost:8000/start/body  is right; the log says why these are not: /body
 #        /start /start/start, /start/body with -d "{'headers': [(b'X-Upper', b'')]}"
-# Look:  server.py, chapter 6, send and start_response (they check again, for good)
+# Look:  server.py, chapter 7, handle and send_body (they check again)
 
 import ast
 

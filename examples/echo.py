@@ -4,8 +4,8 @@
 #
 # Run:   python server.py echo:app
 # Try:   curl --data-binary @README.md localhost:8000
-#        curl -H 'Expect: 100-continue' -d hello -v localhost:8000   (see who says 100)
-# Look:  server.py, chapter 6, receive
+#        curl -H 'Expect: 100-continue' -d hello -v localhost:8000   (see when 100 comes)
+# Look:  server.py, chapter 7, receive
 
 
 async def app(scope, receive, send):
@@ -16,7 +16,7 @@ async def app(scope, receive, send):
     while more_body:
         message = await receive()
         if message["type"] == "http.disconnect":
-            return  # half an upload: nobody waits for the other half of the answer
+            return  # half an upload: the client has left, and wants no answer
         more_body = message.get("more_body", False)  # both keys are optional
         part = {"body": message.get("body", b""), "more_body": more_body}
         await send({"type": "http.response.body", **part})

@@ -5,7 +5,7 @@
 # Run:   python server.py events:app
 # Try:   curl -N localhost:8000   then Ctrl-C curl: the server says after how many
 #        curl -I localhost:8000   (the same fields, and an end)
-# Look:  server.py, chapter 6, receive
+# Look:  server.py, chapter 7, receive
 
 import asyncio
 import time
@@ -14,7 +14,7 @@ EVERY = 1.0  # seconds
 HEADERS = [
     (b"content-type", b"text/event-stream"),
     (b"cache-control", b"no-store"),
-    (b"x-accel-buffering", b"no"),  # an nginx that compresses collects it, else
+    (b"x-accel-buffering", b"no"),  # otherwise an nginx that compresses collects it
 ]
 
 
@@ -33,7 +33,7 @@ async def app(scope, receive, send):
         # A server that stops says disconnect, too; then this ends the stream well.
         await send({"type": "http.response.body"})
     except OSError:
-        pass  # because the client has left: nobody waits for an end
+        pass  # because the client has left, and waits for no end
     finally:
         left.cancel()
         print(f"the stream has ended after {number} events", flush=True)

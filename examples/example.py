@@ -4,7 +4,7 @@
 #
 # Run:   python server.py example:app
 # Try:   curl -i localhost:8000
-# Look:  server.py, chapter 6, start_response and send_body
+# Look:  server.py, chapter 7, handle and send_body
 
 
 async def app(scope, receive, send):

@@ -5,7 +5,7 @@
 # Run:   python server.py middleware:app
 # Try:   curl -i localhost:8000
 #        or, around an app of your own: app = timed(app)
-# Look:  server.py, chapter 6, send and start_response
+# Look:  server.py, chapter 7, send and handle
 
 import asyncio
 import time
@@ -15,7 +15,7 @@ def timed(app):
     """To the server it is an app; to the app it is the server."""
 
     async def around(scope, receive, send):
-        if scope["type"] != "http":  # lifespan and websocket, as if we were not here
+        if scope["type"] != "http":  # lifespan and websocket, we pass them on unchanged
             return await app(scope, receive, send)
         started = time.perf_counter()
 

@@ -7,7 +7,7 @@
 #        query_string are the bytes received: taking them apart is the app's business)
 #        curl -H 'X-Twice: 1' -H 'X-Twice: 2' localhost:8000   (two pairs, in order: so
 #        headers are a list, and dict(scope["headers"]) would forget the first)
-# Look:  server.py, chapter 5, HTTPConnection
+# Look:  server.py, chapter 6, make_scope
 
 import json
 

@@ -28,7 +28,7 @@ async def app(scope, receive, send):
 
 
 async def follow_up():
-    """What nobody needs to wait for: a mail, a line of statistics."""
+    """Work that no client waits for: a mail, a line of statistics."""
     print("answered; a job is left", flush=True)
     await asyncio.sleep(SECONDS)
     print("the job is done", flush=True)

@@ -5,7 +5,7 @@
 # Run:   python server.py stream:app
 # Try:   curl -N --limit-rate 10k localhost:8000 >/dev/null   (see send wait for you)
 #        then Ctrl-C curl: send raises, and the log says after how much
-# Look:  server.py, chapter 6, send_body; chapter 5, HTTPConnection and pause_writing
+# Look:  server.py, chapter 7, send and send_body; chapter 5, pause_writing
 
 PIECE = b"sixteen bytes:)\n" * 4096  # 64 KiB
 

@@ -4,8 +4,8 @@
 #
 # Run:   python server.py visits:app
 # Try:   curl localhost:8000; curl localhost:8000; then Ctrl-C the server
-# Look:  server.py, chapter 4, Lifespan; chapter 5, HTTPConnection (a copy for each
-#        request, and with --workers a counter for each process)
+# Look:  server.py, chapter 4, Lifespan; chapter 5, respond (it copies the state for
+#        each request; with --workers each process has a counter of its own)
 
 
 async def app(scope, receive, send):

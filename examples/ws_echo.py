@@ -7,7 +7,7 @@
 #        s = new WebSocket("ws://localhost:8000")
 #        s.onmessage = event => console.log(event.data)
 #        s.onopen = () => s.send("hello")
-# Look:  server.py, chapter 7, WebSocketSession
+# Look:  server.py, chapter 8, WebSocket
 
 
 async def app(scope, receive, send):

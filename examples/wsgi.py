@@ -5,7 +5,7 @@
 #
 # Run:   python server.py wsgi:app
 # Try:   curl -N localhost:8000/caf%C3%A9 -d hello   (for your own: app = bridge(yours))
-# Look:  server.py, chapter 6, receive and send_body
+# Look:  server.py, chapter 7, receive and send_body
 
 import asyncio
 import io
@@ -17,7 +17,7 @@ from wsgiref.handlers import SimpleHandler  # for the rest of PEP 3333
 def hello(environ, start_response):
     start_response("200 OK", [("Content-Type", "text/plain; charset=utf-8")])
     yield environ["PATH_INFO"].encode("latin-1") + b" was sent "
-    time.sleep(1)  # blocks its own thread, and nobody else
+    time.sleep(1)  # blocks only its own thread
     yield environ["wsgi.input"].read() + b"\n"
 
 
@@ -70,7 +70,7 @@ def environ_of(scope):
 class Handler(SimpleHandler):
     """Says in ASGI's messages what it would write as text."""
 
-    os_environ = {}  # the server's own is none of the app's business
+    os_environ = {}  # the server's own environment is not for the app
 
     def send_headers(self):
         self.headers_sent = True

@@ -1,11 +1,11 @@
 """uvicorn #1317: the completion port again, now with --workers.
 
-After #529 the selector loop was used on Windows with --reload, and there only. Whoever
-said --workers 2 got the proactor in both children, one listener, and WinError 87 again.
-The question had been asked wrongly. It is not "are we reloading?" but "will any other
-process accept on this listener?", and reloading is one way among others to get there.
+After #529 uvicorn used the selector loop on Windows with --reload, and only there. With
+--workers 2 both children got a proactor and the same listener, and WinError 87 again.
+It had asked the wrong question. It should not be "are we reloading?" but "will another
+process accept on this listener?". Reloading is only one way to get there.
 
-foal asks that question once, and shows every answer in one table.
+foal asks that question once, and this script shows every answer in one table.
 
 Run:   python examples/replay/bug_1317_workers_proactor.py
 Look:  server.py, Config.shared; loops.py, choose
@@ -22,7 +22,7 @@ MODES = ({}, {"reload": True}, {"workers": 2}, {"reload": True, "workers": 3})
 
 
 def narrow_fix(config: server.Config) -> str:
-    """What the first fix came to: only a reload is thought of."""
+    """What the first fix did: it thought only of a reload."""
     return "SelectorEventLoop" if config.reload else "ProactorEventLoop"
 
 

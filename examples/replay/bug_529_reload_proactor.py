@@ -3,7 +3,7 @@
 Python 3.8 made the proactor Windows' default event loop. It waits by a completion port,
 and a socket may be tied to one completion port only, once in its life; a duplicate in
 another process counts. So the first child could accept, and after a reload the second
-could not: "Accept failed on a socket", WinError 87, and the process lived on, deaf.
+could not: "Accept failed on a socket", WinError 87. The process went on, but deaf.
 
 The fix was to use the selector loop on Windows, always. Its price: 512 sockets at most,
 and no subprocesses. So it was narrowed, and that was the next bug (uvicorn #1317).

@@ -4,9 +4,9 @@ On Windows, `--workers 2` started two children, and one of them died: WinError 1
 attempts to mend it followed. The parent had bound the socket but not listened, and the
 children raced each other to listen() on their duplicates.
 
-The mistake a student can make on any system is a simpler one: to hand a child the bare
-number of a descriptor. It is not inherited (PEP 446), and the number means nothing there.
-foal binds *and listens* before any child exists, and hands the socket itself to
+There is a simpler mistake that you can make on any system: to give a child only the
+number of a descriptor. The child does not inherit it (PEP 446), so there the number means
+nothing. foal binds *and listens* before any child exists, and gives the socket itself to
 multiprocessing, which knows how to share it on every system.
 
 Run:   python examples/replay/bug_683_shared_listener.py

@@ -5,8 +5,8 @@ reloader sees the change, wants to stop the old child first, calls os.kill(pid, 
 and dies itself: PermissionError (WinError 5) on Windows, ProcessLookupError elsewhere
 once the child has been reaped. Worse, the number may be another process's by then.
 
-foal closes the child's pipe: there is nothing to fail when nobody listens any more. Should
-that not be enough, Process.terminate() asks first whether the process is still there.
+foal closes the child's pipe, which cannot fail, even if the child is dead. If a child does
+not exit after that, Process.terminate() asks first whether the process is still there.
 
 Run:   python examples/replay/bug_684_dead_child.py
 Look:  workers.py, Worker.stop and Worker.push
@@ -20,7 +20,7 @@ spawn = multiprocessing.get_context("spawn")
 
 
 def child(pipe) -> None:
-    raise SystemExit(1)  # what a NameError in the app comes to
+    raise SystemExit(1)  # as a NameError in the app would end it
 
 
 def dead_child():
@@ -28,7 +28,7 @@ def dead_child():
     process = spawn.Process(target=child, args=(theirs,))
     process.start()
     theirs.close()
-    process.join()  # reaped: its number is free for somebody else
+    process.join()  # reaped: another process may get its number now
     return process, ours
 
 
