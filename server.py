@@ -553,11 +553,10 @@ class Server:
         # asyncio's `backlog` is two numbers in one: how many connections may wait, and
         # how many it accepts in one turn. Each of several workers accepts one a turn,
         # to leave the next one to an idle worker. `listen` sets the other number.
-        at_once = 100 if self.config.workers == 1 else 1
+        number = 100 if self.config.workers == 1 else 1
         make, create = functools.partial(Wire, self), self.loop.create_server
         for listener in self.listeners:
-            acceptor = await create(make, sock=listener, backlog=at_once, **tls)
-            self.acceptors.append(acceptor)
+            self.acceptors += [await create(make, sock=listener, backlog=number, **tls)]
             listener.listen(self.config.backlog)
         if self.lifeline:
             self.lifeline.say(self.word)  # walk: worker 3
@@ -1036,12 +1035,13 @@ class Connection:
                     wire.take()  # and drop it
                     yield min(deadline, self.loop.time() + LINGER)
         # Not from in here: TLS may call eof_received at once, while the generator runs.
-        self.loop.call_soon(transport.close)
+        # And only once: a second close makes it forget the transport below.
+        if not transport.is_closing():
+            self.loop.call_soon(transport.close)
         closed = self.loop.time()
         try:
             while not wire.lost:
-                # asyncio's TLS waits for the client's goodbye. At a stop it has a
-                # second for that, so that it does not hold up the server.
+                # asyncio's TLS waits for the client's goodbye: at a stop, a second.
                 yield max(server.last_call, closed + LAST_CALL)
         except TimeoutError:
             transport.abort()
