@@ -1,5 +1,5 @@
 # examples/tiny.py
-# The smallest honest ASGI server. Chapters 5 and 7 of server.py have the same names.
+# The smallest honest ASGI server. Chapters 5 and 7 of server.py use the same names.
 # Spec: ASGI www, "HTTP"; RFC 9112 §9.3; h11 docs, "API documentation".
 # Run:   python examples/tiny.py example:app           (and a port, if 8000 is taken)
 # Try:   curl -i localhost:8000
@@ -49,9 +49,9 @@ class Connection:
 
     async def respond(self, request):
         """Let the app answer. If it has not begun to when it ends: 500."""
-        exchange = Exchange(self, request)
+        self.response, self.no_content = None, request.method == b"HEAD"
         try:
-            await self.app(exchange.scope, exchange.receive, exchange.send)
+            await self.app(scope_of(request), self.receive, self.send)
         except Exception:  # the app is foreign code
             if not self.writer.is_closing():  # if it is, the client has left
                 traceback.print_exc()
@@ -64,29 +64,12 @@ class Connection:
             head = self.conn.send(h11.Response(status_code=status, headers=fields))
             self.writer.write(head + self.conn.send(h11.EndOfMessage()))
 
-
-class Exchange:
-    def __init__(self, connection, request):
-        self.connection, self.conn = connection, connection.conn
-        self.no_content = request.method == b"HEAD"
-        self.response = None  # its head waits here for the first of its body
-        path, _, query_string = request.target.partition(b"?")
-        self.scope = {
-            "type": "http",
-            "asgi": {"version": "3.0", "spec_version": "2.3"},
-            "http_version": request.http_version.decode(),
-            "method": request.method.decode(),
-            "path": unquote(path.decode()),
-            "query_string": query_string,
-            "headers": list(request.headers),
-        }
-
     async def receive(self):
         """The client's next event as a message; http.disconnect if it has left."""
         event = None
         with suppress(h11.RemoteProtocolError, OSError):
             if self.conn.our_state in (h11.SEND_RESPONSE, h11.SEND_BODY):
-                event = await self.connection.next_event()
+                event = await self.next_event()
         if type(event) not in (h11.Data, h11.EndOfMessage):
             return {"type": "http.disconnect"}
         body, more_body = getattr(event, "data", b""), type(event) is h11.Data
@@ -102,10 +85,23 @@ class Exchange:
             events = [self.response] if self.conn.our_state is h11.SEND_RESPONSE else []
             events += [h11.Data(data=body)] if body and not self.no_content else []
             events += [] if message.get("more_body") else [h11.EndOfMessage()]
-            self.connection.writer.write(b"".join(map(self.conn.send, events)))
-            await self.connection.writer.drain()
+            self.writer.write(b"".join(map(self.conn.send, events)))
+            await self.writer.drain()
         else:
             raise RuntimeError(f"unexpected message {kind!r}")
+
+
+def scope_of(request):
+    path, _, query_string = request.target.partition(b"?")
+    return {
+        "type": "http",
+        "asgi": {"version": "3.0", "spec_version": "2.3"},
+        "http_version": request.http_version.decode(),
+        "method": request.method.decode(),
+        "path": unquote(path.decode()),
+        "query_string": query_string,
+        "headers": list(request.headers),
+    }
 
 
 async def serve(name, port=8000):
@@ -121,9 +117,8 @@ with suppress(KeyboardInterrupt):
     asyncio.run(serve(*sys.argv[1:]))
 
 # What it leaves out, in the order in which to read on:
-#  1. The choice of an event loop; a restart when a file changes: loops.py, reload.py.
-#  2. IPv6, Unix sockets, TLS: sockets.py. A stop that finishes requests: chapter 3.
-#  3. Deadlines, one write in each turn, a close in stages (tear_down): chapter 5.
-#  4. Strict checks of the head, for h11 is lenient; X-Forwarded-For: chapter 6.
-#  5. Messages of the app checked before they are sent; the access log: chapter 7.
-#  6. Several processes: workers.py. Options: chapter 1. WebSocket: chapters 8 and 9.
+#  1. Event loops, reload, IPv6, Unix sockets, TLS: loops.py, reload.py, sockets.py.
+#  2. A stop that finishes requests: chapter 3. Lifespan: 4. Deadlines, one write in each
+#     turn, a close in stages (tear_down): 5. Strict checks, for h11 is lenient: 6.
+#  3. Messages of the app checked before they are sent, the access log: chapter 7.
+#  4. Processes: workers.py. Options: chapter 1. WebSocket: chapters 8 and 9.
