@@ -805,7 +805,7 @@ class Wire(asyncio.Protocol):
 
     def resume_writing(self) -> None:
         self.write_paused = False
-        self.look_again()
+        self.loop.call_soon(self.look_again)  # not while asyncio is still writing
 
     def look_again(self, error: Exception | None = None) -> None:
         """Run the conversation to its next `yield`, and note until when that waits.
