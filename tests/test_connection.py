@@ -649,8 +649,10 @@ class TestFairness:
     """One loop for all: whatever one client or app does, the others get their turns."""
 
     CHUNKS = b"1\r\nx\r\n" * 100_000 + b"0\r\n\r\n"  # they cost h11 a second
+    STREAM = saying(START, *[body(b"\0", more=True)] * 2560, END)
     FLOODS = {
-        "a stream": (GET, saying(START, *[body(b"\0", more=True)] * 2560, END), 600),
+        "a stream": (GET, STREAM, 600),
+        "a stream without content": (request(b"HEAD / HTTP/1.1"), STREAM, 600),
         "an upload in tiny chunks": (get(b"/", CHUNKED) + CHUNKS, drain, 1000),
         "pipelined requests": (GET * 1000, drain, 20),
         "pipelined uploads": (post(b"x") * 1000, drain, 30),
