@@ -2,12 +2,10 @@
 
     python tests/mutations.py 1 150          (a seed, and how many)
 
-A mutation changes one line of the five modules: it turns a comparison, drops a statement
-or changes a constant. The script changes a copy of the checkout and runs the tests that
-reach the line. It prints the mutations that survive, because no test fails. Then a test
-is missing, or the line does nothing, or the change makes no difference. First the whole
-suite runs once under sys.settrace, to find out which test, with the processes that it
-starts, reaches which line. That takes some minutes.
+A mutation turns a comparison, drops a statement or changes a constant, in a copy of the checkout.
+The script runs the tests that reach the line, and prints the mutations that no test notices: a test
+is missing, or the line does nothing, or the change makes no difference. First the suite runs once
+under sys.settrace, to find out which test reaches which line. That takes some minutes.
 """
 
 import ast
