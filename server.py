@@ -191,7 +191,7 @@ class Config:
     ws_max_size: int = option(2**24, "largest WebSocket message in bytes", least=1)
     ws_ping_interval: float = option(20.0, "silence before a ping, 0 for no pings")
     ws_ping_timeout: float = option(20.0, "silence after a ping, 0 for no limit")
-    timeout_worker_healthcheck: float | None = option(None, "limit for a silent worker")
+    timeout_worker_healthcheck: float | None = option(None, "limit of silence", least=1)
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self)[1:]:
@@ -1604,8 +1604,9 @@ class WebSocket(Exchange):
             except TimeoutError:
                 if self.state is not CLOSING:
                     return False
-                wire.transport.abort()
-                raise WebSocketError(NO_CLOSE, "no answer to our Close") from None
+                if wire.loop.time() >= self.close_by:  # and not an old ping's time
+                    wire.transport.abort()
+                    raise WebSocketError(NO_CLOSE, "no answer to our Close") from None
         return True
 
     def put(self, opcode: Opcode, payload: bytes) -> Wait:
@@ -1631,7 +1632,6 @@ class WebSocket(Exchange):
         if self.disconnect["code"] != RESTART:  # what we have said is what counts
             self.disconnect.update(code=code, reason=reason)
         self.state = COMPLETE
-        self.wire.look_again_soon()
 
     # The app's side, in its own task.
 

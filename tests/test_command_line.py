@@ -114,7 +114,7 @@ class TestMistakes:
         "arguments",
         [
             "", "main:app main:app", "main:app --frobnicate",
-            "main:app --por 0",  # an abbreviation is no option
+            "main:app --timeout-worker-healthcheck 0.5", "main:app --por 0",  # no abbreviation
             "main:app --port", "main:app --port abc", "main:app --port -1", "main:app --fd -1",
             "main:app --backlog 0", "main:app --workers 0", "main:app --ws-max-size 0",
             "main:app --limit-concurrency 0", "main:app --root-path http://x/",

@@ -689,6 +689,19 @@ class TestClosingHandshake:
             wait_for_ticks(session.running, 15)
             session.play(says(CLOSE, BYE), over, hears(gone(1000)))
 
+    def test_a_ping_that_is_due_when_the_app_closes_does_not_end_it(self, monkeypatch):
+        """What if the ticker looks in the very turn in which the app says Close?"""
+        monkeypatch.setattr(server, "TICK", 3600)
+        with opened(ws_ping_interval=0.01) as session:
+
+            async def close():
+                await asyncio.sleep(0.02)  # until a Ping is due
+                await session.app.send(SAY_CLOSE)
+                session.running.server.tick()
+
+            session.start(close()).result(PATIENCE)
+            session.play(reads(CLOSE, BYE), says(CLOSE, BYE), over)
+
     def test_a_client_that_never_answers_is_dropped_whatever_it_sends(self, quick, monkeypatch):
         monkeypatch.setattr(server, "CLOSE_TIMEOUT", 0.2)
         with opened() as session:
