@@ -53,7 +53,7 @@ def load(name: str, folder: str) -> Any:
         # To import "a.b" Python needs "a" and "a.b". Others are missing in the app.
         if absent and f"{module}.".startswith(f"{absent}."):
             raise ImportError(f'no module "{absent}" in {folder} (--app-dir)') from None
-        raise ImportError(f'cannot import "{module}": {in_words(exc, folder)}') from exc
+        raise ImportError(f'cannot import "{module}": {sentence(exc, folder)}') from exc
     try:
         return operator.attrgetter(attribute)(imported)
     except AttributeError:
@@ -81,8 +81,8 @@ def make_way(folder: str) -> None:
                 sys.modules[name] = util.module_from_spec(spec)
 
 
-def in_words(exc: BaseException, folder: str) -> str:
-    """What went wrong, and where: for a sentence that follows the traceback."""
+def sentence(exc: BaseException, folder: str) -> str:
+    """An exception for the sentence that follows its traceback."""
     kind, message, where = type(exc).__name__, " ".join(str(exc).split()), ""
     if isinstance(exc, SyntaxError) and exc.filename:
         return f"{kind} in {shown(exc.filename)}, line {exc.lineno}"
