@@ -34,7 +34,7 @@ from collections.abc import Callable
 from multiprocessing import connection, get_context, parent_process, resource_tracker
 
 NAME = "foal worker"  # of every worker process; server.py recognises it by that
-TICK = 0.25  # seconds between two looks; a signal is noticed at most this late
+TICK = 0.1  # seconds between two looks; a signal is noticed at most this late
 TERMINATED = 2.0  # seconds from terminate to kill
 STABLE = 10.0  # seconds after which a worker has started well
 LONGEST_DELAY = 30.0  # seconds between two attempts at a worker that keeps dying
