@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import atexit
+import concurrent.futures
 import contextlib
 import functools
 import logging
@@ -307,6 +308,20 @@ def free_port() -> int:
     """A port that was free a moment ago."""
     with sockets.bind_tcp("127.0.0.1", 0, 1)[0] as listener:
         return listener.getsockname()[1]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def started(request, tmp_path_factory):
+    """The runs of pytest that test_exercises looks at. They go on one by one beside the
+    other tests, so that nobody has to wait for them."""
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+
+        def submit(function, *arguments):
+            return pool.submit(function, tmp_path_factory.mktemp("run"), *arguments)
+
+        modules = {item.module.__name__: item.module for item in request.session.items}
+        yield modules["test_exercises"].start(submit) if "test_exercises" in modules else {}
+        pool.shutdown(cancel_futures=True)
 
 
 @pytest.fixture
