@@ -3,11 +3,11 @@
     python tests/benchmark.py [--only hello ws]     (all of it takes six minutes)
 
 Run it with a Python that has uvicorn and wsproto; without them only foal is measured. The load
-comes from `wrk` if it is installed. Else, and for WebSocket, it comes from a small client in this
-process. The server has one core and the load another. CPU time per request, user
-and system together, is the figure to trust: it stays about the same while other programs use the
-machine. The two servers take turns in each round. A ratio compares two figures of one round: the
-median of the rounds, and their range.
+comes from `wrk` if it is installed; else, and for WebSocket, from a small client in this process.
+The server has one core and the load another. CPU time per request, user and system together, is
+the figure to trust: it stays about the same while other programs use the machine. The two servers
+take turns in each round. A ratio compares two figures of one round: the median of the rounds, and
+their range.
 
 But: Linux only (the figures come from /proc), and an app that does nothing.
 """

@@ -26,12 +26,14 @@ import workers
 POSIX_ONLY = pytest.mark.skipif(os.name == "nt", reason="Windows has no such thing")
 MODES = ["", "--workers 2", "--reload"]
 MAIN = """
-import sys, logging
+import asyncio, sys, logging
 async def app(scope, receive, send):
     if scope["type"] != "http":
         raise NotImplementedError("no lifespan")
     await send({"type": "http.response.start", "status": 200, "headers": []})
     await send({"type": "http.response.body", "body": __name__.encode()})
+async def interrupts(scope, receive, send):
+    asyncio.get_running_loop().call_soon(exec, "raise KeyboardInterrupt")
 def wsgi(environ, start_response): ...
 class WSGI:
     def __call__(self, environ, start_response): ...
@@ -138,8 +140,7 @@ class TestMistakes:
             ("nope:app", ['no module "nope"', "--app-dir"]),
             ("package.nope:app", ['no module "package.nope"']),
             ("main:app --app-dir no-such-folder", ["no-such-folder", "--app-dir"]),
-            ("main:zzz", ["main.py", '"zzz"']),
-            ("main", ["MODULE:ATTRIBUTE", "main:app"]),
+            ("main:zzz", ["main.py", '"zzz"']), ("main", ["MODULE:ATTRIBUTE", "main:app"]),
             ("main.py:app", ["MODULE:ATTRIBUTE", "main:app"]),
             ("main:wsgi", ["WSGI"]), ("main:wsgi_object", ["WSGI"]),
             ("main:false_factory --factory", ["WSGI"]), ("main:ASGI2", ["ASGI 2"]),
@@ -147,6 +148,7 @@ class TestMistakes:
             ("main:Framework", ["--factory"]),  # a class that is not yet called
             ("failing:app", ["the app failed to start: no database"]),
             ("main:app --lifespan on", ["NotImplementedError: no lifespan"]),
+            ("main:interrupts", ["the app raised KeyboardInterrupt"]),
             ("main:app --loop asyncio:nope", ["asyncio:nope"]),
             ("main:app --ssl-certfile nope.pem", ["nope.pem"]),
             ("main:app --host 192.0.2.1", ["192.0.2.1", "--host"]),  # RFC 5737: nobody's
@@ -234,6 +236,7 @@ class TestOptions:
         code, output, _ = foal("--help")
         assert code == 0 and "MODULE:ATTRIBUTE" in output
         assert set(re.findall(r"(?m)^  (?:-h, )?--([a-z-]+)", output)) == expected
+        assert re.search(r"(?s)--host TEXT\s.*--port N\s.*--timeout-keep-alive SECONDS\s", output)
 
     def test_version_names_what_a_bug_report_needs(self):
         code, output, _ = foal("--version")
@@ -298,7 +301,8 @@ class TestFindingTheApp:
         """Without docstrings (PYTHONOPTIMIZE), without the script's folder among the
         places of modules (PYTHONSAFEPATH), or as a module."""
         start = (option, "server" if option == "-m" else ROOT / "server.py")
-        process = {"start": start, "cwd": folder, "env": {"PYTHONPATH": str(ROOT)}}
+        path = {"PYTHONPATH": str(ROOT)} if option == "-m" else {}
+        process = {"start": start, "cwd": folder, "env": path}
         code, output, _ = foal("leaves:app", "--port", 0, "--workers", 2, **process)
         assert code == 3 and "no config" in output and " foal 0" in output
 

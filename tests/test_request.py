@@ -25,6 +25,7 @@ import server
 
 HEAD = GET.replace(b"GET", b"HEAD")
 DISCONNECT = {"type": "http.disconnect"}
+ONE_CHUNK = get(b"/", CHUNKED) + b"5\r\nhello\r\n"
 
 
 def reading(seen: queue.Queue):
@@ -51,12 +52,10 @@ class TestReceive:
     @pytest.mark.parametrize(
         "data, content",
         [
-            (GET, b""),
-            (post(b""), b""),
-            (post(b"hello"), b"hello"),
+            (GET, b""), (post(b""), b""), (post(b"hello"), b"hello"),
             (get(b"/", CHUNKED) + b"2\r\nhe\r\n3;x=y\r\nllo\r\n0\r\n\r\n", b"hello"),
         ],
-    )
+    )  # fmt: skip
     def test_a_short_body_is_one_message(self, data, content):
         seen = queue.Queue()
         with serve(reading(seen)) as running:
@@ -102,12 +101,8 @@ class TestReceive:
 
     @pytest.mark.parametrize(
         "data",
-        [
-            post(b"hello")[:-1],
-            get(b"/", CHUNKED) + b"5\r\nhello\r\n",
-            get(b"/", CHUNKED) + b"5\r\nhello\r\nx\r\n",
-            get(b"/", CHUNKED) + b"5\r\nhello\r\n0\r\nno colon\r\n\r\n",
-        ],
+        [post(b"hello")[:-1]]
+        + [ONE_CHUNK + end for end in (b"", b"x\r\n", b"0\r\nno colon\r\n\r\n")],
         ids=["half a body", "no last chunk", "a bad chunk", "a bad trailer"],
     )
     def test_a_refused_body_does_not_look_like_a_whole_one(self, data):
@@ -128,6 +123,21 @@ class TestReceive:
             assert statuses(client.read_all()) == [400]
         *parts, last = list(seen.queue)
         assert last == DISCONNECT and all(part["more_body"] for part in parts)
+
+
+    def test_an_answer_that_comes_after_the_refusal_is_for_nobody(self):
+        """The app reads no body. We do, to know whether another request may follow it."""
+        seen = queue.Queue()
+
+        async def app(scope, receive, send):
+            try:
+                await answer_with(send)
+            except OSError as exc:
+                seen.put(type(exc))
+
+        with asking(app, get(b"/", CHUNKED) + b"x\r\n") as (running, client):
+            assert statuses(client.read_all()) == [400]
+        assert seen.get(timeout=PATIENCE) is server.ClientDisconnected
 
 
 class TestExpectContinue:
@@ -218,12 +228,11 @@ class TestResponseFields:
         [
             ([(b"Set-Cookie", b"a=1"), (b"X", b"y"), (b"set-cookie", b"b=2")],)
             + ([b"set-cookie: a=1", b"x: y", b"set-cookie: b=2"],),
-            ([(b"x", b" \ta b ")], [b"x: a b"]),
-            (iter([[b"x", b"y"]]), [b"x: y"]),
+            ([(b"x", b" \ta b ")], [b"x: a b"]), (iter([[b"x", b"y"]]), [b"x: y"]),
             ((), []),
         ],
         ids=["in order", "without spaces around", "an iterator of lists", "none"],
-    )
+    )  # fmt: skip
     def test_the_apps_fields_are_sent_as_they_are(self, headers, expected):
         found = fields_of(answer([{**START, "headers": headers}, END]))
         assert found[: len(expected)] == expected
@@ -421,8 +430,7 @@ class TestFailure:
     @pytest.mark.parametrize(
         "messages, data, status, end",
         [
-            ([], GET * 2, 500, INTERNAL),
-            ([START], GET * 2, 500, INTERNAL),
+            ([], GET * 2, 500, INTERNAL), ([START], GET * 2, 500, INTERNAL),
             ([start(length(0))], GET * 2, 500, INTERNAL),
             ([start((b"name", b"val\rue"))], GET * 2, 500, INTERNAL),  # `send` raises
             ([START, CHUNK], GET * 2, 200, b"\r\n\r\n5\r\nchunk\r\n"),
@@ -430,7 +438,7 @@ class TestFailure:
             ([start(length(9)), CHUNK], GET * 2, 200, b"\r\n\r\nchunk"),
             ([START, CHUNK], GET_10, 200, b"\r\n\r\nchunk"),  # 1.0 has no way to show it
         ],
-    )
+    )  # fmt: skip
     def test_it_is_a_500_or_a_visible_end_and_logged(
         self, messages, data, status, end, failure, log
     ):
@@ -528,11 +536,10 @@ class TestAccessLog:
         [
             (HEAD, [START, body(b"hello")], "200 0 B"),
             (GET_10, [START, body(b"he", more=True), body(b"llo")], "200 5 B"),
-            (GET, [], "500 26 B"),
-            (GET, [START, body(b"he", more=True)], "200 2 B"),
+            (GET, [], "500 26 B"), (GET, [START, body(b"he", more=True)], "200 2 B"),
             (GET, [start(length(3)), body(b"he", more=True), body(b"llo")], "200 2 B"),
         ],
-    )
+    )  # fmt: skip
     def test_each_request_has_one_line(self, data, messages, rest, log):
         answer(messages, data)
         (line,) = access(log)

@@ -4,12 +4,14 @@ of its own."""
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import queue
+import threading
 
 import pytest
 from apps import END, START, body, echo, errors, get, narrow_listener, saying, serve, turns
 from apps import until
-from conftest import GET, PATIENCE, get as ask, refuses
+from conftest import GET, PATIENCE, Client, refuses
 
 import server
 
@@ -85,13 +87,13 @@ class TestGracefulStop:
     def test_an_answer_arrives_whole_whatever_of_it_is_unsent(self, size, monkeypatch):
         """What if the app has said all, and the client reads later? Some of these sizes
         leave a little with asyncio, which has told us that it has room."""
-        monkeypatch.setattr(server, "LAST_CALL", 0.1)
+        monkeypatch.setattr(server, "LAST_CALL", 0.02)
         app = saying(START, body(bytes(size)))
         with serve(app, narrow_listener(), **LONG) as running, running.connect() as client:
             client.send(GET)
             client.read_until(b"\r\n\r\n")
             running.call(running.server.stop, "the test says so")
-            running.thread.join(0.3)  # it must not end before the client has read
+            running.thread.join(0.1)  # it must not end before the client has read
             assert client.read_all().count(b"\0") == size
             ends(running)
 
@@ -158,6 +160,24 @@ class TestGracefulStop:
         assert "cancelling" in log.text and not errors(log)
 
 
+def test_one_of_several_workers_accepts_one_connection_a_turn():
+    """So that another one may take the next. Those that are not accepted wait meanwhile."""
+    busy, seen = threading.Event(), []
+
+    def count():
+        seen.append(len(running.server.connections))
+        running.server.loop.call_soon(count)
+
+    with serve(echo, workers=2) as running, contextlib.ExitStack() as stack:
+        running.server.loop.call_soon_threadsafe(busy.wait, PATIENCE)
+        for _ in range(10):
+            stack.enter_context(running.connect())
+        running.server.loop.call_soon_threadsafe(count)
+        busy.set()
+        until(running, lambda: seen[-1:] == [10])
+    assert max(after - before for before, after in zip(seen, seen[1:])) == 1
+
+
 class TestBackgroundWork:
     """What an app does after its response is complete."""
 
@@ -195,22 +215,37 @@ class TestBackgroundWork:
             ends(running)
         assert seen.get_nowait() == DISCONNECT and "cancelling" not in log.text
 
+    def test_at_the_end_of_the_grace_it_is_cancelled(self, log):
+        app = self.app(asyncio.Event(), queue.Queue())
+        with serve(app, timeout_graceful_shutdown=0.2) as running:
+            with running.connect() as client:
+                client.send(get(b"/slow"))
+                assert client.response()[0] == 200
+            until(running, lambda: not running.server.connections)
+        assert "cancelling" in log.text
+
 
 class TestFromPython:
     """behaviour.md §1, "From Python": the parts that concern a running loop."""
 
-    def test_serve_calls_ready_with_its_addresses_and_ends_when_it_is_cancelled(self):
+    def test_serve_calls_ready_with_its_addresses_and_ends_if_cancelled(self, monkeypatch):
+        monkeypatch.setattr(server, "LINGER", 1000.0)
+
         async def main():
             ready = asyncio.get_running_loop().create_future()
-            serving = server.serve(echo, port=0, lifespan="off", ready=ready.set_result)
+            use = {"port": 0, "lifespan": "off", "ready": ready.set_result, **LONG}
+            serving = server.serve(echo, **use)
             task = asyncio.create_task(serving)
             [address] = await asyncio.wait_for(ready, PATIENCE)
             assert address.startswith("http://127.0.0.1:")
             port = int(address.removeprefix("http://127.0.0.1:"))
-            assert (await asyncio.to_thread(ask, ("127.0.0.1", port)))[0] == 200
-            task.cancel()
-            with pytest.raises(asyncio.CancelledError):
-                await task
+            with Client(("127.0.0.1", port)) as idle:
+                idle.send(GET)
+                assert (await asyncio.to_thread(idle.response))[0] == 200
+                task.cancel()
+                with pytest.raises(asyncio.CancelledError):
+                    await asyncio.wait_for(task, PATIENCE)
+                assert idle.read_all() == b""
             assert refuses(("127.0.0.1", port))
 
         asyncio.run(main())

@@ -158,10 +158,8 @@ class TestDescribe:
     @pytest.mark.skipif(sys.platform != "linux", reason="only Linux has such names")
     @pytest.mark.parametrize(
         "family, name, shown",
-        [
-            ("AF_UNIX", f"\0foal {os.getpid()}", r"unix:@foal \d+"),  # as others show it
-            ("AF_VSOCK", (-1, -1), r"AF_VSOCK \(\d+, \d+\)"),  # of a virtual machine
-        ],
+        [("AF_UNIX", f"\0foal {os.getpid()}", r"unix:@foal \d+")]  # as others show it
+        + [("AF_VSOCK", (-1, -1), r"AF_VSOCK \(\d+, \d+\)")],  # of a virtual machine
     )
     def test_other_families_have_addresses_too(self, keep, family, name, shown):
         try:
@@ -339,12 +337,10 @@ class TestOpenListeners:
 
     @pytest.mark.parametrize(
         "options, words",
-        [
-            ({"port": 65536}, "--port must be 65535 or less, not 65536"),
-            ({"backlog": 2**31}, "--backlog must be 2147483647 or less"),
-            ({"fd": 2**70}, "cannot listen: "),
-            ({"host": "192.0.2.1"}, "192.0.2.1:0 is no address of this machine"),
-        ],
+        [({"port": 65536}, "--port must be 65535 or less, not 65536")]
+        + [({"backlog": 2**31}, "--backlog must be 2147483647 or less")]
+        + [({"fd": 2**70}, "cannot listen: ")]
+        + [({"host": "192.0.2.1"}, "192.0.2.1:0 is no address of this machine")],
     )
     def test_what_cannot_be_opened_is_one_line(self, options, words):
         assert words in refusal(self.open, **options)
