@@ -106,8 +106,11 @@ async def app(scope, receive, send):
 class TestWhatRuns:
     """The choice, in a real process. (test_command_line.py has loops that cannot be had.)"""
 
-    @pytest.mark.parametrize("mode", ["", "--workers 2", "--reload"])
-    @pytest.mark.parametrize("asked", ["auto", "selector", "mine:MyLoop"])
+    @pytest.mark.parametrize(
+        "asked, mode",
+        [("auto", ""), ("auto", "--workers 2"), ("auto", "--reload"), ("selector", "--workers 2")]
+        + [("mine:MyLoop", ""), ("mine:MyLoop", "--workers 2")],
+    )
     def test_the_loop_that_was_chosen_runs(self, tmp_path, asked, mode):
         """The last one is found as `--loop uvloop:new_event_loop` would be."""
         (tmp_path / "which.py").write_text(APP)

@@ -121,9 +121,9 @@ class TestReadme:
             for number, step in re.findall(r"(?ms)^(\d+)\. (.*?)(?=^\d+\. |\Z)", walk):
                 steps[prefix + number] = re.search(r"`(\w+)`", step)[1]
         for module in BUDGETS:
+            functions = nodes(module, *FUNCTIONS)
             for number, line in enumerate(SOURCE[module].split("\n"), 1):
                 if mark := re.search(r"# walk: ([\w ]+)$", line):
-                    functions = nodes(module, *FUNCTIONS)
                     around = [f for f in functions if f.lineno <= number <= f.end_lineno]
                     marks.append((mark[1], max(around, key=lambda f: f.lineno).name))
         assert {step.rpartition(" ")[0] for step in steps} == {"", "ws", "worker"}

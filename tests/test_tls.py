@@ -306,13 +306,13 @@ class TestEndings:
         monkeypatch.setattr(server, "LINGER", 2 * SHORT)
         monkeypatch.setattr(server, "LINGER_TOTAL", 2 * SHORT)
         with visiting(sized, narrow_listener(), timeout_keep_alive=SHORT) as client:
-            client.send(get(b"/500000", b"Connection: close"))
+            client.send(get(b"/300000", b"Connection: close"))
             client.read_until(b"\r\n\r\n")
             started, got = time.monotonic(), len(client.unread)
             while data := client.sock.recv(8_000):
                 got += len(data)
                 time.sleep(0.02)  # this is how slow it is
-            assert got == 500_000 and time.monotonic() - started > 5 * SHORT
+            assert got == 300_000 and time.monotonic() - started > 3 * SHORT
 
 
 class TestLeaving:
@@ -398,7 +398,8 @@ class TestStopping:
     not the grace. A pool of connections, for example, looks at one when it needs it."""
 
     @pytest.mark.parametrize("request_bytes", [GET, LAST])
-    def test_idle_clients_are_told_and_do_not_hold_it_up(self, request_bytes):
+    def test_idle_clients_are_told_and_do_not_hold_it_up(self, request_bytes, monkeypatch):
+        monkeypatch.setattr(server, "LAST_CALL", SHORT)
         with serve(saying(START, body(b"ok")), **LONG) as running, contextlib.ExitStack() as stack:
             clients = [stack.enter_context(secure(running)) for _ in range(5)]
             for client in clients:
@@ -408,7 +409,7 @@ class TestStopping:
             ends(running)
             assert all(ended(client) == b"" for client in clients)
 
-    @pytest.mark.parametrize("size", [60_000, 150_000, 300_000, 4_000_000])
+    @pytest.mark.parametrize("size", [60_000, 150_000, 300_000, 1_000_000])
     def test_an_answer_arrives_whole_whatever_of_it_is_unsent(self, size, monkeypatch):
         """What if the app has said all, and the client reads it during the stop?"""
         monkeypatch.setattr(server, "LAST_CALL", 5.0)

@@ -834,8 +834,8 @@ class TestProcess:
             assert one.read_all() == b""
         assert process.exit_code() == 0
 
-    PARTS = frame(TEXT, fin=False) + frame(CONTINUATION, fin=False) * 50_000 + frame(CONTINUATION)
-    FLOODS = {"messages": frame(TEXT) * 50_000, "pings": frame(PING) * 50_000, "parts": PARTS}
+    PARTS = frame(TEXT, fin=False) + frame(CONTINUATION, fin=False) * 15_000 + frame(CONTINUATION)
+    FLOODS = {"messages": frame(TEXT) * 15_000, "pings": frame(PING) * 5000, "parts": PARTS}
 
     @pytest.mark.parametrize("kind", FLOODS)
     def test_beside_a_flood_of_tiny_frames_a_bystander_is_served(self, process, kind):
