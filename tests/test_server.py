@@ -216,8 +216,7 @@ class TestBackgroundWork:
         assert seen.get_nowait() == DISCONNECT and "cancelling" not in log.text
 
     def test_at_the_end_of_the_grace_it_is_cancelled(self, log):
-        app = self.app(asyncio.Event(), queue.Queue())
-        with serve(app, timeout_graceful_shutdown=0.2) as running:
+        with serve(self.app(asyncio.Event(), None), timeout_graceful_shutdown=0.2) as running:
             with running.connect() as client:
                 client.send(get(b"/slow"))
                 assert client.response()[0] == 200
