@@ -26,14 +26,14 @@ import workers
 POSIX_ONLY = pytest.mark.skipif(os.name == "nt", reason="Windows has no such thing")
 MODES = ["", "--workers 2", "--reload"]
 MAIN = """
-import asyncio, sys, logging
+import asyncio, logging, signal, sys
 async def app(scope, receive, send):
     if scope["type"] != "http":
         raise NotImplementedError("no lifespan")
     await send({"type": "http.response.start", "status": 200, "headers": []})
     await send({"type": "http.response.body", "body": __name__.encode()})
 async def interrupts(scope, receive, send):
-    asyncio.get_running_loop().call_soon(exec, "raise KeyboardInterrupt")
+    asyncio.get_running_loop().call_soon(signal.default_int_handler, 2, None)
 def wsgi(environ, start_response): ...
 class WSGI:
     def __call__(self, environ, start_response): ...
@@ -301,9 +301,8 @@ class TestFindingTheApp:
         """Without docstrings (PYTHONOPTIMIZE), without the script's folder among the
         places of modules (PYTHONSAFEPATH), or as a module."""
         start = (option, "server" if option == "-m" else ROOT / "server.py")
-        path = {"PYTHONPATH": str(ROOT)} if option == "-m" else {}
-        process = {"start": start, "cwd": folder, "env": path}
-        code, output, _ = foal("leaves:app", "--port", 0, "--workers", 2, **process)
+        env = {"PYTHONPATH": str(ROOT)} if option == "-m" else {}
+        code, output, _ = foal("leaves:app", "--workers", 2, start=start, cwd=folder, env=env)
         assert code == 3 and "no config" in output and " foal 0" in output
 
     def test_one_process_does_without_multiprocessing(self, tmp_path):

@@ -160,6 +160,7 @@ class TestDescribe:
         "family, name, shown",
         [("AF_UNIX", f"\0foal {os.getpid()}", r"unix:@foal \d+")]  # as others show it
         + [("AF_VSOCK", (-1, -1), r"AF_VSOCK \(\d+, \d+\)")],  # of a virtual machine
+        ids=["abstract", "VSOCK"],
     )
     def test_other_families_have_addresses_too(self, keep, family, name, shown):
         try:
