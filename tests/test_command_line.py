@@ -301,8 +301,8 @@ class TestFindingTheApp:
         """Without docstrings (PYTHONOPTIMIZE), without the script's folder among the
         places of modules (PYTHONSAFEPATH), or as a module."""
         start = (option, "server" if option == "-m" else ROOT / "server.py")
-        env = {"PYTHONPATH": str(ROOT)} if option == "-m" else {}
-        code, output, _ = foal("leaves:app", "--workers", 2, start=start, cwd=folder, env=env)
+        use = {"start": start, "cwd": folder, "env": {"PYTHONPATH": str(ROOT) * (option == "-m")}}
+        code, output, _ = foal("leaves:app", "--port", 0, "--workers", 2, **use)
         assert code == 3 and "no config" in output and " foal 0" in output
 
     def test_one_process_does_without_multiprocessing(self, tmp_path):
