@@ -180,7 +180,7 @@ class TestNothingIsLeft:
     @POSIX_ONLY
     def test_after_a_thousand_requests_and_200_abandoned_connections(self, start):
         head = b"POST /wait_for_body HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\n"
-        with start("--no-access-log") as p:
+        with start("--no-access-log", start_new_session=True) as p:
             address = ("127.0.0.1", p.port())
             before = get(address, "/count")[2]
             for _ in range(20):
@@ -195,4 +195,8 @@ class TestNothingIsLeft:
                 if (after := get(address, "/count")[2]) == before:
                     break
             assert after == before
+            p.interrupt()
+            assert p.exit_code() == 0
+            with pytest.raises(ProcessLookupError):
+                os.killpg(p.process.pid, 0)
             assert " ERROR " not in p.output and " WARNING " not in p.output

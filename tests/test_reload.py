@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from conftest import GET, Client
 from test_sockets import POSIX_ONLY
-from test_workers import APP, FAILS, STARTUP, Hurried, get, until
+from test_workers import APP, APPS, FAILS, STARTUP, Hurried, get, until
 
 import reload
 from reload import Watcher
@@ -383,7 +383,7 @@ class TestReload:
 
     def test_broken_code_is_shown_in_both_places_until_it_is_mended(self, editor):
         """And also if it is broken from the start."""
-        editor.save(APP + "no_such_name\n")
+        editor.save(APPS["name_error"])
         with editor.start() as p:
             p.wait_for("serves only an error page after")
             port = p.port()
@@ -398,6 +398,7 @@ class TestReload:
             p.interrupt()
             assert p.exit_code() == 0
         assert p.output.count('app.py", line ') == 4  # each once, and that of the start
+        assert p.output.count("is ready after") == 5
 
     def test_a_save_while_a_worker_starts_is_not_lost(self, editor):
         editor.save(APP + "import time\nwhile True: time.sleep(0.02)\n")

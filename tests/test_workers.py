@@ -695,13 +695,13 @@ class TestTheEnd:
             assert p.exit_code() == 0, p.output
         assert not re.search("KeyboardInterrupt|Traceback", p.output), p.output
 
-    @pytest.mark.parametrize("what", ["wait_forever", "block", "importing"])
+    @pytest.mark.parametrize("what", ["wait_forever", "block", "", "importing"])
     def test_no_worker_survives_the_death_of_its_parent(self, start, what):
         app = "stuck:app" if what == "importing" else "busy:app"
         with start("--timeout-graceful-shutdown", 3600, app=app) as p:
             port, pids = (0, set()) if what == "importing" else p.all_ready()
             p.wait_for(what) if what == "importing" else None
-            with in_each(p, port, pids, what):
+            with in_each(p, port, pids if what else set(), what):
                 p.process.kill()
                 p.nobody_is_left()
             until(lambda: not connects(("127.0.0.1", port)))  # the port is closed after the output
