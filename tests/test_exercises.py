@@ -63,18 +63,22 @@ def ending(case) -> str:
     return "passed"
 
 
-def try_out(folder, mutation):
-    """What is wrong with a mutation, or "". Without one: what pytest says of all tests."""
+def with_mutation(folder, mutation):
+    """What is wrong with a mutation, or ""."""
     mutate.copy_to(folder)
-    if mutation:
-        return mutate.mutate(folder, mutation)
+    return mutate.mutate(folder, mutation)
+
+
+def without_mutation(folder):
+    mutate.copy_to(folder)
     return mutate.pytest(folder, [mutation.test for mutation in MUTATIONS])
 
 
 def start(submit):
     """{what: its future}. conftest calls this before the first test."""
     runs = {"answers": submit(run, "--answers"), "starts": submit(run)}
-    return runs | {mutation: submit(try_out, mutation) for mutation in [None, *MUTATIONS]}
+    runs["no mutation"] = submit(without_mutation)
+    return runs | {mutation: submit(with_mutation, mutation) for mutation in MUTATIONS}
 
 
 @each_exercise
@@ -104,13 +108,15 @@ def test_every_start_is_red_for_the_reason_that_its_page_names(name, started):
 
 @each_exercise
 def test_every_page_has_its_six_headings_and_its_neighbours(name):
-    text = PAGES[name]
-    assert int(name[:2]) == NAMES.index(name) + 1 and text.startswith(f"# {int(name[:2])}. ")
+    text, place = PAGES[name], NAMES.index(name)
+    assert int(name[:2]) == place + 1 and text.startswith(f"# {place + 1}. ")
     found = re.findall(r"(?m)^## (.*)", text)
     assert [heading for heading in found if heading != "The report"] == HEADINGS
     assert f"\npytest -x examples/exercises/{name}\n" in text  # one failure at a time
     links = re.findall(r"\]\(([^)#:]*)\)", text.rpartition("\n---\n")[2])
-    assert "../README.md" in links and f"../answers/{name}.py" in links
+    near = [NAMES[i] for i in (place - 1, place + 1) if 0 <= i < len(NAMES)]
+    expected = ["../README.md", f"../answers/{name}.py", *(f"../{n}/README.md" for n in near)]
+    assert sorted(links) == sorted(expected)
     assert all((EXERCISES / name / link).is_file() for link in links)
 
 
@@ -144,5 +150,5 @@ def test_there_is_a_mutation_for_each_chapter_and_each_leaf(started):
     leaves = {"loops.py", "sockets.py", "workers.py", "reload.py"}
     assert {mutation.file + mutation.chapter for mutation in MUTATIONS} == chapters | leaves
     assert TEACHER.rpartition("## One-line")[2].count("\n| `") == len(MUTATIONS)
-    done = started[None].result()
+    done = started["no mutation"].result()
     assert done.returncode == 0, done.stdout + done.stderr
