@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextvars
 import os
 import socket
-import tempfile
 import threading
 import time
 
@@ -421,13 +420,12 @@ class TestScope:
         assert all(type(item) is bytes for pair in headers for item in pair)
 
     @pytest.mark.skipif(not hasattr(socket, "AF_UNIX"), reason="no Unix sockets here")
-    def test_a_unix_socket_has_a_path_and_no_client(self):
-        with tempfile.TemporaryDirectory() as folder:
-            listener, remove_file = sockets.bind_unix(folder + "/socket", 16)
-            with serve(Recorder(), listener=listener) as running:
-                scope = scope_of(running, GET)
-            remove_file()
-        assert scope["server"] == (folder + "/socket", None)
+    def test_a_unix_socket_has_a_path_and_no_client(self, path):
+        listener, remove_file = sockets.bind_unix(path, 16)
+        with serve(Recorder(), listener=listener) as running:
+            scope = scope_of(running, GET)
+        remove_file()
+        assert scope["server"] == (path, None)
         assert scope["client"] is None
 
     def test_each_request_gets_a_scope_of_its_own_with_a_shallow_copy_of_the_state(self, log):

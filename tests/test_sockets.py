@@ -11,7 +11,6 @@ import re
 import socket
 import stat
 import sys
-import tempfile
 from pathlib import Path
 
 import pytest
@@ -46,13 +45,6 @@ def keep():
 def tcp(keep):
     """bind_tcp, with its listeners closed at the end of the test."""
     return lambda *args: [keep(listener) for listener in sockets.bind_tcp(*args)]
-
-
-@pytest.fixture
-def path():
-    """For a Unix socket: the folders of pytest are too long for the 104 bytes of macOS."""
-    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
-        yield folder + "/s"
 
 
 def connects(address) -> bool:
