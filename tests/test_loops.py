@@ -112,7 +112,7 @@ class TestWhatRuns:
         + [("mine:MyLoop", ""), ("mine:MyLoop", "--workers 2")],
     )
     def test_the_loop_that_was_chosen_runs(self, tmp_path, asked, mode):
-        """The last one is found as `--loop uvloop:new_event_loop` would be."""
+        """MyLoop is found as `--loop uvloop:new_event_loop` would be."""
         (tmp_path / "which.py").write_text(APP)
         mine = "import asyncio\nclass MyLoop(asyncio.SelectorEventLoop): ...\n"
         (tmp_path / "mine.py").write_text(mine)

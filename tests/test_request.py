@@ -124,7 +124,6 @@ class TestReceive:
         *parts, last = list(seen.queue)
         assert last == DISCONNECT and all(part["more_body"] for part in parts)
 
-
     def test_an_answer_that_comes_after_the_refusal_is_for_nobody(self):
         """The app reads no body. We do, to know whether another request may follow it."""
         seen = queue.Queue()

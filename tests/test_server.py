@@ -233,8 +233,7 @@ class TestFromPython:
         async def main():
             ready = asyncio.get_running_loop().create_future()
             use = {"port": 0, "lifespan": "off", "ready": ready.set_result, **LONG}
-            serving = server.serve(echo, **use)
-            task = asyncio.create_task(serving)
+            task = asyncio.create_task(server.serve(echo, **use))
             [address] = await asyncio.wait_for(ready, PATIENCE)
             assert address.startswith("http://127.0.0.1:")
             port = int(address.removeprefix("http://127.0.0.1:"))
