@@ -366,12 +366,12 @@ def serve_here(
     config: Config, listeners: list, on_force: Callable, lifeline: Any = None
 ) -> int:
     """Serve in this process, in an event loop of its own; return the exit code."""
-    server = Server(config, listeners, lifeline)
-    make_loop = functools.partial(loops.make, config.loop_choice().factory)
+    server, factory = Server(config, listeners, lifeline), config.loop_choice().factory
+    runner = asyncio.Runner(loop_factory=lambda: loops.make(factory))
     try:
-        with stop_on_signals(server, on_force):
-            with asyncio.Runner(loop_factory=make_loop) as runner:
-                runner.run(server.serve(None if lifeline else announce))
+        runner.get_loop()  # first: a signal in the midst of it would leave half a loop
+        with stop_on_signals(server, on_force), runner:
+            runner.run(server.serve(None if lifeline else announce))
     except (StartupError, OSError, ImportError) as exc:  # the last one: of --loop
         return report(exc)
     except KeyboardInterrupt:
