@@ -246,8 +246,8 @@ class Process:
 
     def __exit__(self, *_):
         if os.name == "nt":  # a worker that still starts would outlive its supervisor
-            with contextlib.suppress(OSError, subprocess.TimeoutExpired):
-                self.interrupt()
+            with contextlib.suppress(OSError, SystemError, subprocess.TimeoutExpired):
+                self.interrupt()  # of what has just ended, os.kill may make a SystemError
                 self.process.wait(5)
         self.process.kill()
         self.process.wait(PATIENCE)
