@@ -280,15 +280,6 @@ class TestFindingTheApp:
     def test_an_app_is_found_in_its_folder_or_among_our_examples(self, folder, name, body):
         assert body_of(*name.split(), cwd=folder) == body
 
-    @pytest.mark.parametrize("name", ["server", "workers"])
-    @pytest.mark.parametrize("mode", MODES)
-    def test_a_package_of_the_app_may_have_a_name_of_ours(self, tmp_path, name, mode):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "parts.py").write_text("here = __name__")
-        app = f"from {name}.parts import here\n{MAIN.replace('__name__', 'here')}"
-        (tmp_path / name / "main.py").write_text(app)
-        assert body_of(f"{name}.main:app", *mode.split(), cwd=tmp_path) == f"{name}.parts"
-
     @pytest.mark.parametrize("mode", MODES)
     def test_an_app_that_imports_server_meets_the_classes_that_run_it(self, tmp_path, mode):
         found = "str(any(isinstance(each, server.Server) for each in gc.get_objects()))"
@@ -345,7 +336,7 @@ class TestLog:
         assert re.fullmatch(r"[\d :,-]+ INFO +stopped", p.lines[-1]), p.output
         assert "stopping" in p.output and "Traceback" not in p.output
 
-    @pytest.mark.parametrize("mode", ["", "--workers 1", "--reload"])
+    @pytest.mark.parametrize("mode", MODES)
     def test_it_listens_before_the_import_and_says_so_when_it_answers(self, tmp_path, mode):
         """architecture.md, picture 3."""
         (tmp_path / "early.py").write_text(EARLY)
