@@ -841,8 +841,7 @@ class Wire(asyncio.Protocol):
 
     def check_deadlines(self, now: float) -> None:
         """The ticker calls this: end each wait whose time has come."""
-        closing = self.transport.is_closing()  # asyncio's TLS then has no buffer
-        unsent = 0 if closing else self.transport.get_write_buffer_size()
+        unsent = self.transport.get_write_buffer_size()
         if unsent == 0 or unsent != self.unsent:  # it has read, or we have written
             self.unsent, self.send_deadline = unsent, now + SEND_TIMEOUT
         elif now > self.send_deadline:
