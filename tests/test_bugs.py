@@ -92,7 +92,7 @@ class TestBug1:
             assert pipe.recv() == (listener.getsockname(), socket.IPPROTO_TCP)
         number = listener.fileno()
         if os.name != "nt":  # a number that no other file has in the child
-            number = os.dup2(number, 900, inheritable=False)
+            number = os.dup2(number, 200, inheritable=False)
         with child(use_bare_number, number) as pipe:
             assert pipe.recv() in (errno.EBADF, 10038, 10045)
         os.close(number) if os.name != "nt" else None

@@ -332,7 +332,7 @@ class TestDeadlinesOfAHead:
 
     @pytest.mark.parametrize(
         "limits, silence, gap",
-        [((GAP, 0), 0.6 * GAP, 0.6 * GAP), ((SHORT, GAP), LONG, 0)],
+        [((GAP, 0), 0.6 * GAP, 0.6 * GAP), ((LONG, 4 * LONG), 2 * LONG, 0)],
         ids=["head", "keep-alive"],
     )
     def test_a_new_connection_may_be_silent_for_the_longer_of_both(self, limits, silence, gap):
@@ -351,11 +351,12 @@ def test_many_deadlines_that_pass_at_once_are_all_noticed_at_once(log, monkeypat
     the server waits for goodbyes when it stops, and these clients never say them."""
     monkeypatch.setattr(server, "LAST_CALL", SHORT)
     certificate = str(Path(__file__).with_name("certificate.pem"))
+    context = ssl.create_default_context(cafile=certificate)
     options = {"ssl_certfile": certificate, "timeout_graceful_shutdown": 1000.0}
     with serve(drain, **options) as running, contextlib.ExitStack() as stack:
         for _ in range(30):
             sock = stack.enter_context(running.connect()).sock
-            stack.enter_context(ssl._create_unverified_context().wrap_socket(sock))
+            stack.enter_context(context.wrap_socket(sock, server_hostname="localhost"))
         started = time.monotonic()
         running.stop()
         assert time.monotonic() - started < 5
@@ -401,17 +402,17 @@ class TestDeadlineOfABody:
 class TestNoDeadlineForTheApp:
     """No deadline runs while it is the app's turn."""
 
-    SHORT = dict.fromkeys(("timeout_request_head", "timeout_request_body"), SHORT)
-    SHORT["timeout_keep_alive"] = SHORT["timeout_request_head"]
+    NAMES = ("timeout_request_head", "timeout_request_body", "timeout_keep_alive")
+    LIMITS = dict.fromkeys(NAMES, 1.5 * LONG)
 
     @staticmethod
     async def slow(scope, receive, send):
         """Works, then reads the body, and streams its answer with a pause."""
-        await asyncio.sleep(LONG)
+        await asyncio.sleep(2 * LONG)
         size = b"%d" % len(await read_body(receive))
         await send(start(length(len(size))))
         await send(body(b"", more=True))
-        await asyncio.sleep(LONG)
+        await asyncio.sleep(2 * LONG)
         await send(body(size))
 
     @pytest.mark.parametrize(
@@ -420,7 +421,7 @@ class TestNoDeadlineForTheApp:
         ids=["no body", "an upload that we have stopped reading", "Expect: 100-continue"],
     )
     def test_it_may_take_its_time(self, data, answer):
-        with asking(self.slow, data, **self.SHORT) as (running, client):
+        with asking(self.slow, data, **self.LIMITS) as (running, client):
             if data == EXPECT:
                 assert client.read_until(b"\r\n\r\n") == CONTINUE
                 client.send(b"hello")
@@ -468,8 +469,8 @@ class TestDeadlineOfAReader:
     @pytest.mark.skipif(os.name == "nt", reason="a proactor shows no progress in a write")
     @pytest.mark.parametrize("fields", [(), (b"Connection: close",)], ids=["kept", "last"])
     def test_a_slow_reader_gets_it_all(self, fields, monkeypatch):
-        monkeypatch.setattr(server, "SEND_TIMEOUT", GAP / 2)
-        monkeypatch.setattr(server, "LINGER", GAP / 2)
+        monkeypatch.setattr(server, "SEND_TIMEOUT", GAP)
+        monkeypatch.setattr(server, "LINGER", GAP)
         app, started = saying(START, body(bytes(400_000))), time.monotonic()
         with asking(app, get(b"/", *fields), small_buffers=True) as (running, client):
             while not client.unread.endswith(b"\r\n0\r\n\r\n"):
@@ -500,7 +501,7 @@ class TestTearDown:
             with pytest.raises(OSError):  # nobody is there any more
                 while time.monotonic() < end:
                     client.send(b"x")
-                    time.sleep(0.01)
+                    time.sleep(0.01)  # its pace; there is nothing to read
 
     def test_a_stop_does_not_wait_for_a_client_that_never_closes(self, monkeypatch):
         monkeypatch.setattr(server, "LINGER", 1000.0)
@@ -841,4 +842,4 @@ class TestNoLeak:
                 client = stack.enter_context(running.connect())
                 client.send(get(b"/", b"X: " + b"y" * KIB))
                 assert client.response()[0] == 200
-            until(running, lambda: tracemalloc.get_traced_memory()[0] - before < MIB)
+            until(running, lambda: tracemalloc.get_traced_memory()[0] - before < 600 * KIB)

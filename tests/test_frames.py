@@ -78,14 +78,10 @@ class TestMask:
                 assert server.apply_mask(mask, data) == naive_mask(mask, data)
 
     def test_16_mib_take_well_under_a_second(self):
-        """They take some 50 ms. The best of five counts, because machines are busy."""
-        data, times = bytes(2**24), []
-        for _ in range(5):
-            before = time.perf_counter()
-            mixed = server.apply_mask(MASK, data)
-            times.append(time.perf_counter() - before)
-        assert mixed == MASK * 2**22
-        assert min(times) < 0.25
+        """They take some 50 ms of the processor's time, however busy it is."""
+        before = time.process_time()
+        mixed = server.apply_mask(MASK, bytes(2**24))
+        assert mixed == MASK * 2**22 and time.process_time() - before < 0.5
 
 
 class TestReader:

@@ -136,7 +136,7 @@ class TestGracefulStop:
             seen.put(await receive())
             await send(body(b"done"))
 
-        with serve(app, timeout_graceful_shutdown=0.5) as running:
+        with serve(app, timeout_graceful_shutdown=1.0) as running:
             with running.connect() as client:
                 client.send(GET)
                 assert seen.get(timeout=PATIENCE) == "streaming"

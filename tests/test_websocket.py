@@ -668,7 +668,7 @@ class TestPing:
     @pytest.mark.skipif(os.name == "nt", reason="its loop shows no progress in a message")
     def test_a_slow_reader_is_not_a_dead_peer(self, quick, monkeypatch):
         """It cannot answer a Ping that stands behind megabytes which it has not yet read."""
-        monkeypatch.setattr(server, "SEND_TIMEOUT", 0.2)
+        monkeypatch.setattr(server, "SEND_TIMEOUT", 0.5)
         with opened(ws_ping_interval=0.05, ws_ping_timeout=0.1) as session:
             session.play(sends({**SEND, "bytes": bytes(16 * MIB)}))
             data = b""
