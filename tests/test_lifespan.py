@@ -100,29 +100,6 @@ class TestStartup:
                 running.call(go.set)
                 assert client.response()[2] == b"{'up': True}"
 
-    def test_state_is_shared_and_each_request_gets_a_shallow_copy(self):
-        states = []
-
-        async def app(scope, receive, send):
-            states.append(scope["state"])
-            if scope["type"] == "lifespan":
-                scope["state"]["pool"] = []
-                await receive()
-                await send(UP)
-                await receive()
-                return await send(DOWN)
-            scope["state"]["pool"].append(scope["path"])
-            scope["state"][scope["path"]] = "mine"
-            await send(START)
-            await send(body(b""))
-
-        with serving(app, lifespan="on") as running:
-            running.talk(GET)
-            running.talk(GET)
-        shared, first, second = states
-        assert shared == {"pool": ["/", "/"]}
-        assert first == second == {**shared, "/": "mine"} and first is not second
-
     @pytest.mark.parametrize(
         "steps, why",
         [

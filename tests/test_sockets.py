@@ -332,8 +332,7 @@ class TestOpenListeners:
         "options, words",
         [({"port": 65536}, "--port must be 65535 or less, not 65536")]
         + [({"backlog": 2**31}, "--backlog must be 2147483647 or less")]
-        + [({"fd": 2**70}, "cannot listen: ")]
-        + [({"host": "192.0.2.1"}, "192.0.2.1:0 is no address of this machine")],
+        + [({"fd": 2**70}, "cannot listen: ")],
     )
     def test_what_cannot_be_opened_is_one_line(self, options, words):
         assert words in refusal(self.open, **options)
