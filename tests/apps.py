@@ -4,8 +4,6 @@ Most tests need only an app that sends given messages (`saying`), one that answe
 its path (`echo`), or one that reads the body and answers with its size (`drain`).
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import gc

@@ -12,8 +12,6 @@ their range.
 But: Linux only (the figures come from /proc), and an app that does nothing.
 """
 
-from __future__ import annotations
-
 import argparse
 import asyncio
 import collections
@@ -129,7 +127,7 @@ class Server:
         )  # fmt: skip
         os.sched_setaffinity(self.process.pid, cores)
 
-    def __enter__(self) -> Server:
+    def __enter__(self):
         """Wait for the first answer."""
         while self.process.poll() is None:
             with contextlib.suppress(OSError):

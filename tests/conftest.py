@@ -6,8 +6,6 @@ A test does not sleep to wait for something: it reads until the bytes are there.
 have not come after PATIENCE, the test has failed.
 """
 
-from __future__ import annotations
-
 import asyncio
 import atexit
 import concurrent.futures

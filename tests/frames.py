@@ -1,8 +1,6 @@
 """A WebSocket client for the tests, written as plainly as RFC 6455 puts it: the opening
 handshake, frames, and a `Speaker` that sends and reads them."""
 
-from __future__ import annotations
-
 import contextlib
 
 from conftest import Client

@@ -5,8 +5,6 @@ what is refused and how, and what happens when a client leaves. One loop serves 
 connections, so no client may take more than its turn.
 """
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import http

@@ -1,8 +1,6 @@
 """examples/deploy is run as it is shipped, except for ports and paths: nginx in front,
 and a small launcher in the place of systemd."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import re

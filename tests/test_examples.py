@@ -1,8 +1,6 @@
 """Each example is started as its own text says, and does what it says. (tiny, trace and
 microscope have files of their own.)"""
 
-from __future__ import annotations
-
 import json
 import re
 

@@ -2,8 +2,6 @@
 that its page names, for the reason that it names. The names that a page cites are there,
 and each mutation of TEACHER.md is seen by its test."""
 
-from __future__ import annotations
-
 import ast
 import builtins
 import collections

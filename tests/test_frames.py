@@ -2,8 +2,6 @@
 bytes, and the functions beside it. How a server reacts to each frame on the wire is
 the subject of test_websocket.py."""
 
-from __future__ import annotations
-
 import random
 import time
 

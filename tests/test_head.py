@@ -5,8 +5,6 @@ Chapter 6. Two readers of one message that disagree about its end make request s
 behind it never reaches the app.
 """
 
-from __future__ import annotations
-
 import contextvars
 import ipaddress
 import os

@@ -1,7 +1,5 @@
 """Chapter 4: the app's conversation with the process."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import threading

@@ -1,7 +1,5 @@
 """The microscope: its page, and the rows that each of its buttons makes (test_trace)."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import re

@@ -1,7 +1,5 @@
 """examples/replay: each bug of the past still happens there, and foal's way still works."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 

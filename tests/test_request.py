@@ -4,8 +4,6 @@ Chapter 7: one request and its answer. The client never waits in vain, never tak
 answer for a whole one, and never learns a detail of what went wrong in the app.
 """
 
-from __future__ import annotations
-
 import asyncio
 import email.utils
 import http

@@ -1,8 +1,6 @@
 """Chapter 3: how a server stops, phase by phase; and how a program starts one in a loop
 of its own."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import queue

@@ -1,7 +1,5 @@
 """The text is part of the product: these tests keep it true."""
 
-from __future__ import annotations
-
 import ast
 import re
 

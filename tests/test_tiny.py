@@ -1,7 +1,5 @@
 """examples/tiny.py over the wire: the first server that a reader meets keeps its word."""
 
-from __future__ import annotations
-
 import pytest
 from apps import get, request
 from conftest import GET, ROOT, Process

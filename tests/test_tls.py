@@ -4,8 +4,6 @@ certificate, and tells an orderly end (close_notify) from one that just broke.
 The certificates beside this file say how they were made; their key is public.
 """
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import functools

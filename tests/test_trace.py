@@ -5,8 +5,6 @@ They read as an introduction, too. Times, ports and dates are masked. The order 
 rest is fixed, because each client waits for the bytes that it says it waits for.
 """
 
-from __future__ import annotations
-
 import re
 
 import pytest

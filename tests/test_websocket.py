@@ -3,8 +3,6 @@ TALKS_BEFORE and TALKS, which tell step by step what the app and the client do. 
 client speaks frames (frames.py); the app leaves everything to the test.
 """
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import gc
