@@ -2,8 +2,8 @@
 `Client` speaks bytes to it over a real socket. `Process` starts a real `python server.py`
 and reads its log.
 
-A test does not sleep to wait for something: it reads until the bytes are there. If they
-have not come after PATIENCE, the test has failed.
+A test does not sleep and hope: it reads until the bytes are there, or asks again until it
+is so. If that takes longer than PATIENCE, the test has failed.
 """
 
 import asyncio

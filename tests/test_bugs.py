@@ -1,4 +1,4 @@
-"""The five bugs that foal is built around (bugs.md). Each is a closed issue of uvicorn.
+"""The five bugs that foal is built around. Each is a closed issue of uvicorn.
 
 Each has a check. A test shows that it passes, that it fails once the historical mistake is put
 back, and where it can, the fact itself. A fact of Windows is shown there for real.

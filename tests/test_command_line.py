@@ -110,7 +110,7 @@ def main(folder, monkeypatch, log):
 
 
 class TestMistakes:
-    """behaviour.md §1: one line that says what is wrong, and exit code 2 or 3."""
+    """One line that says what is wrong, and exit code 2 or 3."""
 
     @pytest.mark.parametrize(
         "arguments",
@@ -203,7 +203,7 @@ class TestMistakes:
         assert not re.search(r"\w(Error|Exit)\(|no module", lines[-1])
 
 
-# The options of behaviour.md §1, in its order, and their defaults.
+# The options in the order of README's table, and their defaults.
 OPTIONS = {
     "host": "127.0.0.1", "port": 8000, "uds": None, "fd": None, "backlog": 2048,
     "workers": 1, "reload": False, "reload_dir": None, "reload_include": None,
@@ -223,7 +223,7 @@ def parsed(line: str) -> server.Config:
 
 
 class TestOptions:
-    """behaviour.md §1: names are uvicorn's; every option is a field of Config."""
+    """Names are uvicorn's; every option is a field of Config."""
 
     def test_the_options_and_their_defaults_are_those_that_were_promised(self):
         fields = {field.name: field.default for field in dataclasses.fields(server.Config)[1:]}
@@ -266,7 +266,7 @@ class TestOptions:
 
 
 class TestFindingTheApp:
-    """architecture.md, "Two names, one file": --app-dir first, examples last."""
+    """--app-dir first, examples last."""
 
     @pytest.mark.parametrize(
         "name, body",
@@ -316,7 +316,7 @@ async def app(scope, receive, send):
 
 
 class TestLog:
-    """behaviour.md §1: what start-up and stop print, and where the log goes."""
+    """What start-up and stop print, and where the log goes."""
 
     def test_the_start_names_version_loop_address_and_how_to_stop(self, folder):
         with Process("main:app", "--port", 0, cwd=folder) as p:
@@ -324,7 +324,7 @@ class TestLog:
             p.wait_for(r"loop: .*EventLoop, because .*choice")
             p.wait_for(r"lifespan: the app does not use it \(.*NotImplementedError: no li")
             port = p.wait_for(r"listening on http://127\.0\.0\.1:(\d+) \(Ctrl-C to stop\)")[1]
-            assert get(("127.0.0.1", int(port)))[0] == 200  # bugs.md 5: the real port
+            assert get(("127.0.0.1", int(port)))[0] == 200  # the real port, not 0
             p.wait_for(r' INFO +127\.0\.0\.1:\d+ "GET / HTTP/1\.1" 200 4 .*\d ms')
 
     @pytest.mark.parametrize("mode", MODES)
@@ -338,7 +338,6 @@ class TestLog:
 
     @pytest.mark.parametrize("mode", MODES)
     def test_it_listens_before_the_import_and_says_so_when_it_answers(self, tmp_path, mode):
-        """architecture.md, picture 3."""
         (tmp_path / "early.py").write_text(EARLY)
         options = ("--port", port := free_port(), *mode.split())
         with Process("early:app", *options, cwd=tmp_path, env={"PORT": str(port)}) as p:

@@ -703,7 +703,7 @@ class TestFairness:
 
 
 class TestNagle:
-    """behaviour.md §3, "TCP_NODELAY on every accepted connection"."""
+    """TCP_NODELAY: the second part of an answer does not wait for the first one's ACK."""
 
     def test_nagle_is_off_where_asyncio_leaves_it_on(self):
         """It looks at the listener's proto, which need not say TCP (uvicorn #3149)."""

@@ -116,7 +116,7 @@ class TestUTF8:
 
 
 class TestCutAnywhere:
-    """behaviour.md §7.3: the same bytes give the same messages, however they arrive."""
+    """The same bytes give the same messages, however they arrive."""
 
     CUT = "aé€".encode()  # within its last character
     STREAM = frame(PING, b"1") + frame(TEXT, CUT[:4], fin=False) + frame(PONG, b"in between")

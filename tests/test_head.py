@@ -38,7 +38,7 @@ def served(one_server):
 
 def deliver(running, client, data, size):
     """Send so many bytes in a packet, each of which is read before the next one leaves.
-    A long message needs no more than 500 packets."""
+    A long message needs fewer than 1000 packets."""
     size = max(size, len(data) // 500)
     client.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     for i in range(0, len(data), size):
@@ -330,7 +330,7 @@ def test_an_unknown_expectation_is_417(served, fields):
     assert status_of(served, request(b"GET / HTTP/1.1", *fields)) == 417
 
 
-LIMITS = [  # (bytes, status); the limit itself has to end those without an end
+LIMITS = [  # (bytes, status); a head without an end is refused by the limit alone
     (get(b"/".ljust(8192, b"a")), 200), (get(b"/".ljust(8193, b"a")), 414),
     (request(b"GET / HTTP/1.1", *[b"X: y"] * 99), 200),  # with Host 100 fields
     (request(b"GET / HTTP/1.1", *[b"X: y"] * 100), 431),
@@ -466,7 +466,7 @@ FOR, PROTO = b"X-Forwarded-For: ", b"X-Forwarded-Proto: "
 
 
 class TestProxyFields:
-    """behaviour.md §1, --proxy-headers; uvicorn's ProxyHeadersMiddleware."""
+    """--proxy-headers; uvicorn's ProxyHeadersMiddleware."""
 
     def scope(self, *fields, **options):
         with serve(Recorder(), **options) as running:

@@ -37,7 +37,7 @@ PLACES = {("linux", False): 0, ("darwin", True): 0, ("win32", False): 1, ("win32
 
 
 class TestTheTable:
-    """behaviour.md §1, --loop; bugs.md 2 and 3: name, platform, shared or not."""
+    """Name, platform, shared or not (uvicorn #529, #786: see test_bugs.py)."""
 
     @pytest.mark.parametrize("platform, shared", PLACES)
     @pytest.mark.parametrize("name", TABLE)

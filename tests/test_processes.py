@@ -54,7 +54,7 @@ def assert_order(output, *words) -> None:
 
 
 class TestSignals:
-    """behaviour.md §6: the first signal stops gracefully, a second one ends at once."""
+    """The first signal stops gracefully, a second one ends at once."""
 
     @pytest.mark.parametrize("number, _", SIGNALS)
     def test_a_request_in_progress_is_finished_before_the_end(self, start, number, _):
@@ -108,7 +108,7 @@ class TestSignals:
 
 
 class TestAddresses:
-    """behaviour.md §2: the address that is printed answers (bugs.md 5, uvicorn #974)."""
+    """The address that is printed answers (uvicorn #974)."""
 
     LOCALHOST = ("localhost", r"(?:127\.0\.0\.1|\[::1\])")
 
@@ -138,7 +138,7 @@ class TestAddresses:
 
 @POSIX_ONLY
 class TestUnixSocket:
-    """behaviour.md §2: on exit only our own inode is removed; and so on every exit."""
+    """On exit only our own inode is removed; and so on every exit."""
 
     @pytest.mark.parametrize("mode", ["", "--workers 2"])
     @pytest.mark.parametrize("end, code", [("graceful", 0), ("forced", INTERRUPTED)])
@@ -174,7 +174,7 @@ class TestUnixSocket:
 
 
 class TestNothingIsLeft:
-    """behaviour.md §7.6: descriptors, tasks and processes are as they were before. For
+    """Descriptors, tasks and processes are as they were before. For
     five reloads see test_workers.py."""
 
     @POSIX_ONLY

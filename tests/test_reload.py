@@ -74,7 +74,7 @@ def spawned():
 
 
 class TestLoad:
-    """architecture.md, "Two names, one file". What a user can get wrong in MODULE:ATTRIBUTE,
+    """What a user can get wrong in MODULE:ATTRIBUTE,
     and the sentence about each, is in test_command_line.py."""
 
     def test_an_app_is_imported_from_its_folder_first_and_the_examples_last(self, tree):
@@ -169,7 +169,7 @@ if os.name != "nt":  # on Windows a listing has no inode numbers
 
 
 class TestChanges:
-    """behaviour.md §6: sees new, changed, renamed and deleted files."""
+    """It sees new, changed, renamed and deleted files."""
 
     @pytest.mark.parametrize("change, names", CHANGES.values(), ids=CHANGES)
     def test_a_change_is_seen_and_named_once(self, tree, change, names):
@@ -357,11 +357,9 @@ def editor(tmp_path):
 
 
 class TestReload:
-    """behaviour.md §6, the last rows."""
-
     def test_a_save_brings_new_code_and_an_open_stream_does_not_hold_it_up(self, editor):
         """uvicorn #2943. The new code answers while the stream of the old one is open. Half
-        way through the grace the stream is told that its client left."""
+        way through the grace, who still waits for a body is told that its client left."""
         with editor.start("--timeout-graceful-shutdown", 2) as p:
             port = p.port()
             head = b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\n"

@@ -254,7 +254,7 @@ class TestResponseFields:
 
 
 class TestContentLength:
-    """RFC 9112 §6; behaviour.md §3, "Content-Length that the app gets wrong"."""
+    """RFC 9112 §6; and a Content-Length that the app gets wrong."""
 
     @pytest.mark.parametrize(
         "data, head, framing, content",
@@ -422,7 +422,7 @@ def failing(messages, failure):
 
 @pytest.mark.parametrize("failure", FAILURES.values(), ids=FAILURES)
 class TestFailure:
-    """behaviour.md §4, "An app that returns without answering, or raises"."""
+    """An app that returns without an answer, or raises."""
 
     @pytest.mark.parametrize(
         "messages, data, status, end",
@@ -482,7 +482,7 @@ def logged_after_leaving(app, log) -> list[str]:
 
 
 class TestErrorLog:
-    """behaviour.md §4, "if it escapes the app"; style.md §4.9."""
+    """What is logged once an exception escapes the app."""
 
     @pytest.mark.parametrize("messages", [[], [START, END]], ids=["before", "after"])
     def test_an_exception_is_logged_once_with_its_traceback(self, messages, log):
@@ -516,8 +516,6 @@ def access(log) -> list[str]:
 
 
 class TestAccessLog:
-    """behaviour.md §3, "access log"."""
-
     def test_it_has_peer_request_line_status_bytes_and_milliseconds(self, log):
         with serve(saying(start(status=404), body(b"hello"))) as running:
             with running.connect() as client:

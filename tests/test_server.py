@@ -52,7 +52,7 @@ BEFORE = pytest.mark.parametrize("before", [[], [START, CHUNK]], ids=["silent", 
 
 
 class TestGracefulStop:
-    """behaviour.md §6: stop accepting, finish requests, tell the apps, cancel them."""
+    """Stop accepting, finish requests, tell the apps, cancel them."""
 
     def test_an_idle_connection_is_closed(self, monkeypatch):
         """At once if it has had an answer. A new one has a moment to send its request."""
@@ -223,7 +223,7 @@ class TestBackgroundWork:
 
 
 class TestFromPython:
-    """behaviour.md §1, "From Python": the parts that concern a running loop."""
+    """From Python: the parts that concern a running loop."""
 
     def test_serve_calls_ready_with_its_addresses_and_ends_if_cancelled(self, monkeypatch):
         monkeypatch.setattr(server, "LINGER", 1000.0)

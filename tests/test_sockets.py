@@ -70,7 +70,7 @@ def refusal(function, *arguments, **options) -> str:
 
 
 class TestTCP:
-    """behaviour.md §2: IPv4, IPv6, host names, one port for both families."""
+    """IPv4, IPv6, host names, one port for both families."""
 
     @pytest.mark.parametrize("host", BOTH)
     def test_an_address_gives_one_listener_with_the_port_that_was_asked_for(self, tcp, host):
@@ -109,7 +109,7 @@ class TestTCP:
 
     @pytest.mark.skipif(os.name != "nt", reason="of Windows only")
     def test_no_other_program_can_take_over_the_port(self, tcp, keep):
-        """Windows: exclusive address use instead of SO_REUSEADDR (behaviour.md §2)."""
+        """Windows: exclusive address use instead of SO_REUSEADDR."""
         [listener] = tcp("127.0.0.1", 0, 5)
         thief = keep(socket.socket())
         thief.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -138,7 +138,7 @@ class TestTCP:
 
 
 class TestDescribe:
-    """bugs.md 5, uvicorn #974 and #1890: one function shows every listener."""
+    """uvicorn #974 and #1890: one function shows every listener."""
 
     @pytest.mark.parametrize("host", BOTH)
     def test_a_tcp_listener_is_shown_as_a_url(self, tcp, host):
@@ -165,7 +165,7 @@ class TestDescribe:
 
 @NEEDS_UNIX
 class TestUnix:
-    """behaviour.md §2; uvicorn #553, #722, #2731: only a stale socket is replaced."""
+    """uvicorn #553, #722, #2731: only a stale socket is replaced."""
 
     @pytest.fixture
     def unix(self, keep):
@@ -251,7 +251,7 @@ def test_without_unix_sockets_the_error_says_what_to_use():
 
 
 class TestAdopt:
-    """behaviour.md §2: `--fd N` of any family, by socket.socket(fileno=)."""
+    """`--fd N` of any family, by socket.socket(fileno=)."""
 
     @pytest.mark.parametrize("listening", [True, False])
     @pytest.mark.parametrize("host", BOTH)

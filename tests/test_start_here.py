@@ -91,7 +91,7 @@ class TestARequest:
             assert seen.get(timeout=PATIENCE) == "http.disconnect"
             assert seen.get(timeout=PATIENCE) == "ClientDisconnected"
 
-    def test_each_wait_has_a_time_limit(self):
+    def test_a_head_that_does_not_arrive_is_a_408(self):
         with serving(hello, timeout_request_head=0.2) as running, running.connect() as client:
             client.send(b"GET / HTTP/1.1\r\nHost:")  # and no more
             assert client.response()[0] == 408 and client.read_all() == b""

@@ -199,7 +199,7 @@ def ids(case):
 
 
 class TestFiles:
-    """behaviour.md §1: --ssl-certfile, --ssl-keyfile, --ssl-keyfile-password."""
+    """--ssl-certfile, --ssl-keyfile, --ssl-keyfile-password."""
 
     @pytest.mark.parametrize("case", FILES_GOOD, ids=ids)
     def test_a_certificate_and_its_key_may_come_in_one_file_or_two(self, files, case):
@@ -235,7 +235,7 @@ def client_hello() -> bytes:
 
 
 class TestHandshake:
-    """RFC 8446 §4, and behaviour.md §3, "Deadlines: … TLS handshake"."""
+    """RFC 8446 §4; it has the time that a head may take."""
 
     @pytest.mark.parametrize("size", [0, 1, 5, 100])
     def test_a_client_that_does_not_finish_it_is_dropped(self, size, log):
@@ -360,8 +360,6 @@ class TestLeaving:
 
 
 class TestDeadlines:
-    """behaviour.md §3, "Deadlines"."""
-
     def test_idle_connections_are_closed_in_time_each_with_a_close_notify(self):
         options = {"timeout_keep_alive": SHORT, "timeout_request_head": SHORT}
         with serve(echo, **options) as running, contextlib.ExitStack() as stack:
@@ -386,7 +384,7 @@ def ends(running):
 
 
 class TestStopping:
-    """behaviour.md §6. A client that does not answer our close_notify costs a moment, and
+    """A client that does not answer our close_notify costs a moment, and
     not the grace. A pool of connections, for example, looks at one when it needs it."""
 
     @pytest.mark.parametrize("request_bytes", [GET, LAST])
@@ -440,7 +438,7 @@ class TestWebSocket:
 
 
 class TestProcess:
-    """behaviour.md §1 and §6: as a user runs it."""
+    """As a user runs it."""
 
     @pytest.mark.parametrize("workers", [1, 2])
     def test_the_address_is_https_and_answers(self, workers):

@@ -535,7 +535,7 @@ TALKS = {  # after it has accepted
     "a client that leaves wakes a send that waits until it reads": [
         *(sends({**SEND, "bytes": bytes(16 * MIB)}), leaves("reset"), fails(SEND_X)),
     ],
-    # behaviour.md §5: "1012 on shutdown" (IANA: Service Restart)
+    # a stop is 1012 (IANA: Service Restart)
     "a stop tells client and app, and lets the handshake finish": [
         *(stops, reads(CLOSE, RESTART), hears(gone(1012)), fails(SEND_X), fails(SAY_CLOSE)),
         *(raw(frame(TEXT, b"crossing") + frame(CLOSE, RESTART)), over),
@@ -728,7 +728,7 @@ class TestClosingHandshake:
 
 
 class TestBackPressure:
-    """behaviour.md §5: "back-pressure both ways"."""
+    """The faster side waits for the slower one, both ways."""
 
     @pytest.mark.parametrize("accepted", [True, False])
     def test_an_app_that_reads_late_holds_the_client_up(self, accepted):
@@ -773,8 +773,6 @@ class TestBackPressure:
 
 
 class TestLog:
-    """behaviour.md §3, "access log"."""
-
     def test_a_session_is_one_line(self, log):
         with opened(handshake("GET /chat?x=1 HTTP/1.1")) as session:
             peer = "%s:%d" % session.client.sock.getsockname()
@@ -786,8 +784,6 @@ class TestLog:
 
 
 class TestNoLeak:
-    """behaviour.md §7.6."""
-
     def test_100_sessions_leave_nothing(self):
         ways = [*WAYS.values(), lambda c: c.say(CLOSE), lambda c: c.send(b"\x81\xff")]
 
@@ -817,7 +813,6 @@ class TestProcess:
 
     @pytest.mark.parametrize("process", [1, 2], indirect=True)
     def test_it_echoes_and_says_1012_when_it_is_stopped(self, process):
-        """behaviour.md §6, with a WebSocket open."""
         with Speaker(process.address) as one, Speaker(process.address) as two:
             for client in (one, two):
                 client.upgrade()
@@ -837,7 +832,7 @@ class TestProcess:
 
     @pytest.mark.parametrize("kind", FLOODS)
     def test_beside_a_flood_of_tiny_frames_a_bystander_is_served(self, process, kind):
-        """behaviour.md §3: "One connection does not starve the others". Without turns
+        """One connection does not starve the others. Without turns
         the bystander would be answered some five times while the flood is handled."""
         flood = self.FLOODS[kind] + frame(CLOSE, BYE)
         with Speaker(process.address) as rude, Client(process.address) as bystander:

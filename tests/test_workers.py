@@ -104,7 +104,7 @@ TABLE = [
 
 
 class TestTheStateMachine:
-    """Each word, and a death, in each state: the picture of State as a table."""
+    """The words, and a death, that a state may meet: the picture of State as a table."""
 
     @pytest.mark.parametrize("state, word, then, code", TABLE)
     def test_a_word_or_a_death_means_what_the_table_says(
@@ -223,7 +223,7 @@ class TestDeaths:
 
 
 class TestStopping:
-    """architecture.md: close the pipe, wait the grace, terminate, wait, kill."""
+    """Close the pipe, wait the grace, terminate, wait, kill."""
 
     @POSIX_ONLY
     @pytest.mark.parametrize(
@@ -509,7 +509,7 @@ class TestServing:
     @pytest.mark.parametrize("options", [["--reload"], []], ids=["reload", "workers"])
     @pytest.mark.parametrize("kind", ["pipe", "terminal"])
     def test_input_and_breakpoint_work_in_a_worker(self, start, tmp_path, options, kind):
-        """behaviour.md §6: multiprocessing closes the standard input of a worker."""
+        """multiprocessing closes the standard input of a worker."""
         asks = "a = input()\nbreakpoint()\nb = input()\nprint(a, b, flush=True)\n"
         (tmp_path / "asks.py").write_text(APP + asks)
         ours, theirs = os.pipe()[::-1] if kind == "pipe" else os.openpty()
@@ -563,7 +563,7 @@ class TestDeadBeforeReady:
 
 
 class TestSupervision:
-    """behaviour.md §6: a worker that dies or hangs is replaced; SIGHUP replaces all."""
+    """A worker that dies or hangs is replaced; SIGHUP replaces all."""
 
     @pytest.mark.parametrize(
         "number, name", [(KILL, "SIGKILL")] + [(40, "signal 40")] * (sys.platform == "linux")
@@ -606,7 +606,7 @@ class TestSupervision:
     def test_five_restarts_under_load_lose_and_leave_nothing(
         self, start, tmp_path, mode, cause, count
     ):
-        """behaviour.md §7.6: neither a request, nor a descriptor, nor a process."""
+        """Neither a request, nor a descriptor, nor a process."""
         (tmp_path / "busy.py").write_text(APP)
         options = () if mode == "--workers" else (mode, "--reload-delay", 0.05)
         with start("--no-access-log", *options, folder=tmp_path) as p:
@@ -640,7 +640,7 @@ class TestSupervision:
 
 
 class TestTheEnd:
-    """behaviour.md §6, with two workers: what Ctrl-C, SIGTERM and kill -9 do."""
+    """With two workers: what Ctrl-C, SIGTERM and kill -9 do."""
 
     @pytest.mark.parametrize("number, to_all", [*SIGNALS, CTRL_C_IN_A_TERMINAL])
     def test_requests_in_progress_are_finished_in_every_worker(self, start, number, to_all):
