@@ -140,6 +140,12 @@ def until(running, question):
     return found
 
 
+def has_ended(running):
+    """The server has nothing to wait for any more."""
+    running.thread.join(PATIENCE)
+    assert not running.thread.is_alive() and not running.errors
+
+
 def turns(running):
     """Let the loop have some turns, in which it does all that it can do now."""
     for _ in range(20):

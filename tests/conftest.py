@@ -38,6 +38,7 @@ import sockets  # noqa: E402
 
 PATIENCE = 20.0  # seconds; only a failing test waits that long
 GET = b"GET / HTTP/1.1\r\nHost: test\r\n\r\n"
+POSIX_ONLY = pytest.mark.skipif(os.name == "nt", reason="Windows has no such thing")
 
 
 def pytest_configure(config):
@@ -52,14 +53,17 @@ def pytest_configure(config):
         warnings.simplefilter("ignore", pytest.PytestUnraisableExceptionWarning)
 
 
+def family(address: tuple | str) -> int:
+    if isinstance(address, str):
+        return socket.AF_UNIX
+    return socket.AF_INET6 if ":" in address[0] else socket.AF_INET
+
+
 class Client:
     """One connection: bytes out, bytes or whole responses in."""
 
     def __init__(self, address):
-        family = socket.AF_INET if isinstance(address, tuple) else socket.AF_UNIX
-        if isinstance(address, tuple) and ":" in address[0]:
-            family = socket.AF_INET6
-        self.sock = socket.socket(family, socket.SOCK_STREAM)
+        self.sock = socket.socket(family(address))
         self.sock.settimeout(PATIENCE)
         self.sock.connect(address)
         self.unread = b""
@@ -287,7 +291,7 @@ class Process:
         return "\n".join(self.lines)
 
 
-def get(address, target="/"):
+def fetch(address, target="/"):
     """One GET on a connection of its own: (status, {name: value}, body)."""
     with Client(address) as client:
         client.send(f"GET {target} HTTP/1.1\r\nHost: test\r\n\r\n".encode())
@@ -296,8 +300,7 @@ def get(address, target="/"):
 
 def refuses(address) -> bool:
     """Is no server there?"""
-    family = socket.AF_INET if isinstance(address, tuple) else socket.AF_UNIX
-    with socket.socket(family) as client:
+    with socket.socket(family(address)) as client:
         client.settimeout(PATIENCE)
         return client.connect_ex(address) != 0
 

@@ -13,7 +13,7 @@ import sys
 
 import pytest
 from conftest import PATIENCE
-from test_workers import Supervised, get, no_main, supervise
+from test_workers import Supervised, no_main, supervise, text_of
 from worker_targets import accept_with, obey, tell_listener, use_bare_number
 
 import loops
@@ -189,4 +189,4 @@ class TestBug5:
         fd = listener.fileno()
         with Supervised("example:app", "--fd", fd, *mode.split(), pass_fds=(fd,)) as p:
             assert p.port() == listener.getsockname()[1]
-            assert "Hello" in get(listener.getsockname()[1])
+            assert "Hello" in text_of(listener.getsockname()[1])

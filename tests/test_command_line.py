@@ -7,7 +7,6 @@ nothing more, the tests ask `server.main`, which is all that the program calls.
 import asyncio
 import dataclasses
 import logging
-import os
 import re
 import shutil
 import signal
@@ -17,13 +16,12 @@ from pathlib import Path
 
 import h11
 import pytest
-from conftest import PATIENCE, ROOT, Process, free_port, get, refuses
+from conftest import PATIENCE, POSIX_ONLY, ROOT, Process, fetch, free_port, refuses
 
 import server
 import sockets
 import workers
 
-POSIX_ONLY = pytest.mark.skipif(os.name == "nt", reason="Windows has no such thing")
 MODES = ["", "--workers 2", "--reload"]
 MAIN = """
 import asyncio, logging, signal, sys
@@ -73,7 +71,7 @@ def foal(*arguments, **process) -> tuple[int, str, list[str]]:
 def body_of(app, *options, **process) -> str:
     """What an app answers, served by a real process."""
     with Process(app, "--port", 0, *options, **process) as p:
-        return get(("127.0.0.1", p.port()))[2].decode()
+        return fetch(("127.0.0.1", p.port()))[2].decode()
 
 
 @pytest.fixture(scope="module")
@@ -324,7 +322,7 @@ class TestLog:
             p.wait_for(r"loop: .*EventLoop, because .*choice")
             p.wait_for(r"lifespan: the app does not use it \(.*NotImplementedError: no li")
             port = p.wait_for(r"listening on http://127\.0\.0\.1:(\d+) \(Ctrl-C to stop\)")[1]
-            assert get(("127.0.0.1", int(port)))[0] == 200  # the real port, not 0
+            assert fetch(("127.0.0.1", int(port)))[0] == 200  # the real port, not 0
             p.wait_for(r' INFO +127\.0\.0\.1:\d+ "GET / HTTP/1\.1" 200 4 .*\d ms')
 
     @pytest.mark.parametrize("mode", MODES)
@@ -349,7 +347,7 @@ class TestLog:
         code, output, _ = foal("failing:app", "--port", 0, "--log-level", "error", cwd=folder)
         assert code == 3 and output.count(" ERROR ") == 1 and "\n" not in output
         with Process("main:app", "--port", 0, "--no-access-log", cwd=folder) as p:
-            get(("127.0.0.1", p.port()))
+            fetch(("127.0.0.1", p.port()))
             p.interrupt()
             assert p.exit_code() == 0 and "GET /" not in p.output
 
@@ -369,7 +367,7 @@ class TestLog:
         with sockets.bind_tcp("127.0.0.1", 0, 5)[0] as listener:
             how = {"start": ("-c", close, ROOT / "server.py"), "pass_fds": [listener.fileno()]}
             with Process("example:app", "--fd", listener.fileno(), **how):
-                assert get(listener.getsockname())[0] == 200
+                assert fetch(listener.getsockname())[0] == 200
 
 
 def handlers() -> list:
@@ -410,7 +408,7 @@ class TestPython:
         (tmp_path / "script.py").write_text(run)
         process = {"start": (tmp_path / "script.py",), "env": {"PYTHONPATH": str(ROOT)}}
         with Process(**process) as p:
-            assert get(("127.0.0.1", p.port()))[2] == b"main"
+            assert fetch(("127.0.0.1", p.port()))[2] == b"main"
 
     def test_serve_raises_if_it_cannot_start_and_gives_the_port_back(self, monkeypatch):
         monkeypatch.setattr(sys, "path", sys.path[:])

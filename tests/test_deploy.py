@@ -12,7 +12,7 @@ import subprocess
 import threading
 
 import pytest
-from conftest import GET, PATIENCE, ROOT, Client, Process, get, serving
+from conftest import GET, PATIENCE, ROOT, Client, Process, fetch, serving
 
 import server
 import sockets
@@ -110,7 +110,7 @@ class TestNginx:
 
         def ask_until_done():
             while not done.is_set():
-                hits.append(get(address)[0])
+                hits.append(fetch(address)[0])
 
         clients = [threading.Thread(target=ask_until_done) for _ in range(4)]
         with Process("example:app", "--uds", path, "--workers", 2) as process:
@@ -154,11 +154,11 @@ class TestSystemd:
         with start() as process:
             process.wait_for(re.escape(f"listening on unix:{path} "))
             process.wait_for("is ready")  # the second worker: it serves by now
-            assert get(path)[2] == b"Hello, world!\n"
+            assert fetch(path)[2] == b"Hello, world!\n"
             process.process.send_signal(signal.Signals[f"SIG{reload}"])
             for _ in range(2):
                 process.wait_for("exited with code 0")
-            assert get(path)[2] == b"Hello, world!\n"
+            assert fetch(path)[2] == b"Hello, world!\n"
             process.process.send_signal(signal.SIGTERM)  # KillMode=mixed: to it alone
             assert process.exit_code() == 0
         with Client(path) as client:  # no process accepts now: this client waits

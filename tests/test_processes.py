@@ -11,8 +11,8 @@ import socket
 import subprocess
 
 import pytest
-from conftest import GET, PATIENCE, Client, Process, get, refuses
-from test_workers import APP, APPS, INTERRUPT, POSIX_ONLY
+from conftest import GET, PATIENCE, POSIX_ONLY, Client, Process, fetch, refuses
+from test_workers import APP, APPS, INTERRUPT
 
 import sockets
 
@@ -130,7 +130,7 @@ class TestAddresses:
             for listener in listeners:
                 ports.add(port := int(p.wait_for(rf"listening on http://{shown}:(\d+) ")[1]))
                 six = listener.family == socket.AF_INET6
-                assert get(("::1" if six else "127.0.0.1", port))[0] == 200
+                assert fetch(("::1" if six else "127.0.0.1", port))[0] == 200
             p.interrupt()
             assert p.exit_code() == 0
         assert len(ports) == 1 and p.output.count("listening on") == len(listeners)
@@ -164,13 +164,13 @@ class TestUnixSocket:
             first.wait_for("listening on")
             with start("--uds", path) as second:
                 assert second.exit_code() == 3 and "in use" in second.output
-            assert get(path)[0] == 200
+            assert fetch(path)[0] == 200
             first.process.kill()
             first.exit_code()
         assert refuses(path) and os.path.lexists(path)
         with start("--uds", path) as third:
             third.wait_for("listening on")
-            assert get(path)[0] == 200
+            assert fetch(path)[0] == 200
 
 
 class TestNothingIsLeft:
@@ -182,7 +182,7 @@ class TestNothingIsLeft:
         head = b"POST /wait_for_body HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\n"
         with start("--no-access-log", start_new_session=True) as p:
             address = ("127.0.0.1", p.port())
-            before = get(address, "/count")[2]
+            before = fetch(address, "/count")[2]
             for _ in range(20):
                 with Client(address) as client:
                     client.send(GET * 50)
@@ -192,7 +192,7 @@ class TestNothingIsLeft:
                 client.send(sent)
                 client.reset() if sent else client.sock.close()
             for _ in range(1000):  # the server notices while we ask
-                if (after := get(address, "/count")[2]) == before:
+                if (after := fetch(address, "/count")[2]) == before:
                     break
             assert after == before
             p.interrupt()

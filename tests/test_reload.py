@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 from conftest import GET, Client
-from test_sockets import POSIX_ONLY
-from test_workers import APP, APPS, FAILS, STARTUP, Hurried, get, until
+from conftest import POSIX_ONLY
+from test_workers import APP, APPS, FAILS, STARTUP, Hurried, eventually, text_of
 
 import reload
 from reload import Watcher
@@ -114,7 +114,7 @@ class TestLoad:
         for path, text in OWN.items():
             write(tree / path, text)
         with Hurried("server.main:app", "--port", 0, *mode.split(), cwd=tree) as p:
-            assert get(p.port()) == str([1, 2, 3, 4] * 2)
+            assert text_of(p.port()) == str([1, 2, 3, 4] * 2)
 
 
 # ── The watcher alone. ──
@@ -348,7 +348,7 @@ class Editor:
 
     def until_served(self, port, words) -> str:
         """Until new connections get this answer."""
-        return until(lambda: re.search(words, page := self.ask(port)) and page)
+        return eventually(lambda: re.search(words, page := self.ask(port)) and page)
 
 
 @pytest.fixture

@@ -7,13 +7,13 @@ import queue
 import threading
 
 import pytest
-from apps import END, START, body, echo, errors, get, narrow_listener, saying, serve, turns
-from apps import until
+from apps import END, START, body, echo, errors, get, has_ended, narrow_listener, saying, serve
+from apps import turns, until
 from conftest import GET, PATIENCE, Client, refuses
 
 import server
 
-LONG = {"timeout_graceful_shutdown": 1000.0}  # a stop must not need this time
+NO_HURRY = {"timeout_graceful_shutdown": 1000.0}  # a stop must not need this time
 CHUNK = body(b"not ", more=True)
 DISCONNECT = {"type": "http.disconnect"}
 
@@ -22,12 +22,6 @@ def stop(running):
     """Begin a graceful stop, and let it get as far as it can."""
     running.call(running.server.stop, "the test says so")
     turns(running)
-
-
-def ends(running):
-    """The server has nothing to wait for any more."""
-    running.thread.join(PATIENCE)
-    assert not running.thread.is_alive() and not running.errors
 
 
 class Gated:
@@ -58,18 +52,18 @@ class TestGracefulStop:
         """At once if it has had an answer. A new one has a moment to send its request."""
         monkeypatch.setattr(server, "LAST_CALL", 0.2)
         patient = {"timeout_keep_alive": 3600, "timeout_request_head": 3600}
-        with serve(saying(START, END), **LONG, **patient) as running:
+        with serve(saying(START, END), **NO_HURRY, **patient) as running:
             with running.connect() as idle, running.connect() as silent:
                 idle.send(GET)
                 assert idle.response()[0] == 200
                 until(running, lambda: len(running.server.connections) == 2)
                 running.call(running.server.stop, "the test says so")
                 assert idle.read_all() == silent.read_all() == b""
-                ends(running)
+                has_ended(running)
 
     def test_a_request_that_is_on_its_way_is_answered(self):
         """What if the connection was accepted just before the stop?"""
-        with serve(saying(START, body(b"x")), **LONG) as running:
+        with serve(saying(START, body(b"x")), **NO_HURRY) as running:
             with running.connect() as new, running.connect() as half:
                 half.send(GET[:9])
                 until(running, lambda: len(running.server.connections) == 2)
@@ -79,7 +73,7 @@ class TestGracefulStop:
                 for client in (new, half):
                     status, fields, _ = client.response()
                     assert (status, fields["connection"]) == (200, "close")
-                ends(running)
+                has_ended(running)
 
     @pytest.mark.parametrize("size", [100_000, 150_000, 200_000, 300_000, 2_000_000])
     def test_an_answer_arrives_whole_whatever_of_it_is_unsent(self, size, monkeypatch):
@@ -87,18 +81,18 @@ class TestGracefulStop:
         leave a little with asyncio, which has told us that it has room."""
         monkeypatch.setattr(server, "LAST_CALL", 0.02)
         app = saying(START, body(bytes(size)))
-        with serve(app, narrow_listener(), **LONG) as running, running.connect() as client:
+        with serve(app, narrow_listener(), **NO_HURRY) as running, running.connect() as client:
             client.send(GET)
             client.read_until(b"\r\n\r\n")
             running.call(running.server.stop, "the test says so")
             running.thread.join(0.1)  # it must not end before the client has read
             assert client.read_all().count(b"\0") == size
-            ends(running)
+            has_ended(running)
 
     @BEFORE
     def test_a_request_in_flight_finishes_while_new_connections_are_refused(self, before):
         app = Gated(*before)
-        with serve(app, **LONG) as running, running.connect() as client:
+        with serve(app, **NO_HURRY) as running, running.connect() as client:
             client.send(GET)
             app.calls.get(timeout=PATIENCE)
             stop(running)
@@ -106,14 +100,14 @@ class TestGracefulStop:
             running.call(app.go.set)
             assert client.response()[2] == (b"not done" if before else b"done")
             assert client.read_all() == b""
-            ends(running)
+            has_ended(running)
 
     @BEFORE
     def test_a_request_behind_it_is_answered_if_the_client_may_expect_it(self, before):
         """It may not after an answer that says `Connection: close`. A stream that began
         before the stop has not said so, and a proxy may have sent a request behind it."""
         app = Gated(*before)
-        with serve(app, **LONG) as running, running.connect() as client:
+        with serve(app, **NO_HURRY) as running, running.connect() as client:
             client.send(get(b"/1") + get(b"/2"))
             assert app.calls.get(timeout=PATIENCE) == "/1"
             stop(running)
@@ -121,7 +115,7 @@ class TestGracefulStop:
             found = [client.response()[1].get("connection") for _ in range(1 + len(before) // 2)]
             assert found == ([None, "close"] if before else ["close"])
             assert client.read_all() == b""
-            ends(running)
+            has_ended(running)
 
     def test_half_way_receive_says_disconnect_and_send_still_works(self, log):
         seen = queue.Queue()
@@ -141,7 +135,7 @@ class TestGracefulStop:
                 stop(running)
                 assert client.response()[2] == b"not done"
             assert seen.get(timeout=PATIENCE) == DISCONNECT
-            ends(running)
+            has_ended(running)
         assert "telling the app" in log.text and "cancelling" not in log.text
 
     @BEFORE
@@ -203,14 +197,14 @@ class TestBackgroundWork:
 
     def test_a_stop_waits_for_it(self, log):
         go, seen = asyncio.Event(), queue.Queue()
-        with serve(self.app(go, seen), **LONG) as running, running.connect() as client:
+        with serve(self.app(go, seen), **NO_HURRY) as running, running.connect() as client:
             client.send(get(b"/slow"))
             assert client.response()[0] == 200
             stop(running)
             assert client.read_all() == b""
             assert running.thread.is_alive() and seen.empty()
             running.call(go.set)
-            ends(running)
+            has_ended(running)
         assert seen.get_nowait() == DISCONNECT and "cancelling" not in log.text
 
     def test_at_the_end_of_the_grace_it_is_cancelled(self, log):
@@ -230,7 +224,7 @@ class TestFromPython:
 
         async def main():
             ready = asyncio.get_running_loop().create_future()
-            use = {"port": 0, "lifespan": "off", "ready": ready.set_result, **LONG}
+            use = {"port": 0, "lifespan": "off", "ready": ready.set_result, **NO_HURRY}
             task = asyncio.create_task(server.serve(echo, **use))
             [address] = await asyncio.wait_for(ready, PATIENCE)
             assert address.startswith("http://127.0.0.1:")

@@ -8,7 +8,7 @@ Both are in conftest.py. README.md beside this file says which tests to read nex
 import queue
 
 import frames
-from conftest import GET, PATIENCE, Process, get, refuses, serving
+from conftest import GET, PATIENCE, Process, fetch, refuses, serving
 
 import ws_echo
 
@@ -131,7 +131,7 @@ class TestAProcess:
     def test_workers_share_one_port(self):
         """The address is printed as soon as the first of them answers."""
         with Process("example:app", "--port", 0, "--workers", 2) as p:
-            assert get(("127.0.0.1", p.port()))[2] == b"Hello, world!\n"
+            assert fetch(("127.0.0.1", p.port()))[2] == b"Hello, world!\n"
             p.wait_for(r"worker \[\d+\] is ready")
 
     def test_ctrl_c_stops_it_when_the_requests_are_answered(self, tmp_path):

@@ -16,8 +16,8 @@ import time
 from pathlib import Path
 
 import pytest
-from apps import END, START, Recorder, body, errors, get, length, narrow_listener, post
-from apps import read_body, saying, start, turns, until, wait_for_disconnect
+from apps import END, START, Recorder, body, errors, get, has_ended, length, narrow_listener
+from apps import post, read_body, saying, start, turns, until, wait_for_disconnect
 from conftest import GET, PATIENCE, Client, Process, serving
 from frames import CLOSE, TEXT, frame, handshake
 
@@ -27,7 +27,7 @@ CERTIFICATE = str(Path(__file__).with_name("certificate.pem"))
 LOCKED = str(Path(__file__).with_name("certificate_locked.pem"))  # by the word "secret"
 LAST = get(b"/", b"Connection: close")
 SHORT = 0.2  # a deadline that shall pass
-LONG = {"timeout_graceful_shutdown": 1000.0}  # a stop must not need this time
+NO_HURRY = {"timeout_graceful_shutdown": 1000.0}  # a stop must not need this time
 
 plain = functools.partial(serving, lifespan="off")
 serve = functools.partial(plain, ssl_certfile=CERTIFICATE)
@@ -378,39 +378,35 @@ class TestDeadlines:
             until(client.running, lambda: not client.running.server.tasks)
 
 
-def ends(running):
-    running.thread.join(10)
-    assert not running.thread.is_alive() and not running.errors
-
-
 class TestStopping:
-    """A client that does not answer our close_notify costs a moment, and
-    not the grace. A pool of connections, for example, looks at one when it needs it."""
+    """A client that does not answer our close_notify costs a moment, and not the grace.
+    A pool of connections, for example, looks at one when it needs it."""
 
     @pytest.mark.parametrize("request_bytes", [GET, LAST])
     def test_idle_clients_are_told_and_do_not_hold_it_up(self, request_bytes, monkeypatch):
         monkeypatch.setattr(server, "LAST_CALL", SHORT)
-        with serve(saying(START, body(b"ok")), **LONG) as running, contextlib.ExitStack() as stack:
+        app = saying(START, body(b"ok"))
+        with serve(app, **NO_HURRY) as running, contextlib.ExitStack() as stack:
             clients = [stack.enter_context(secure(running)) for _ in range(5)]
             for client in clients:
                 client.send(request_bytes)
                 client.read_until(b"0\r\n\r\n")
             running.call(running.server.stop, "test")
-            ends(running)
+            has_ended(running)
             assert all(ended(client) == b"" for client in clients)
 
     @pytest.mark.parametrize("size", [60_000, 150_000, 300_000, 1_000_000])
     def test_an_answer_arrives_whole_whatever_of_it_is_unsent(self, size, monkeypatch):
         """What if the app has said all, and the client reads it during the stop?"""
         monkeypatch.setattr(server, "LAST_CALL", 5.0)
-        with visiting(sized, narrow_listener(), **LONG) as client:
+        with visiting(sized, narrow_listener(), **NO_HURRY) as client:
             client.send(get(b"/%d" % size))
             client.read_until(b"\r\n\r\n")
             client.running.call(client.running.server.stop, "test")
             turns(client.running)
             assert len(client.read_all()) == size
             client.sock.close()
-            ends(client.running)
+            has_ended(client.running)
 
 
 class TestWebSocket:

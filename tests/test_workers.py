@@ -15,8 +15,7 @@ import types
 from pathlib import Path
 
 import pytest
-from conftest import GET, PATIENCE, ROOT, Client, Process, environment
-from test_sockets import POSIX_ONLY, connects
+from conftest import GET, PATIENCE, POSIX_ONLY, ROOT, Client, Process, environment, refuses
 from worker_targets import die_after_ready, follow, go_mute, ignore, obey, puppet
 
 import server
@@ -31,7 +30,7 @@ SIGNALS = [(INTERRUPT, False), pytest.param(signal.SIGTERM, False, marks=POSIX_O
 CTRL_C_IN_A_TERMINAL = pytest.param(signal.SIGINT, True, marks=POSIX_ONLY)
 
 
-def until(condition, seconds=PATIENCE):
+def eventually(condition, seconds=PATIENCE):
     """Ask again and again; return the first answer that is true."""
     deadline = time.monotonic() + seconds
     while not (answer := condition()):
@@ -47,7 +46,7 @@ class Driven(workers.Supervisor):
     """A supervisor whose loop is turned by a test, in the test's own thread."""
 
     def until(self, condition) -> None:
-        until(lambda: self.turn() or condition())
+        eventually(lambda: self.turn() or condition())
 
     def until_ready(self) -> set[int]:
         """Until all are ready, and the old ones are gone; their pids."""
@@ -116,7 +115,7 @@ class TestTheStateMachine:
         worker.state, worker.steps, heard = state, [], worker.heard
         worker.pipe.send(word)
         look = lambda: s.listen() or s.look_after_workers()  # noqa: E731
-        until(lambda: look() or worker.heard > heard or worker not in s.workers)
+        eventually(lambda: look() or worker.heard > heard or worker not in s.workers)
         assert (worker.state if worker in s.workers else None, s.exit_code) == (then, code)
 
     def test_an_import_may_be_silent_but_not_a_worker_that_is_ready(self, supervise, log):
@@ -417,7 +416,7 @@ def start(folder):
     return start
 
 
-def get(port, what="/") -> str:
+def text_of(port, what="/") -> str:
     """One request on a connection of its own."""
     with Client(("127.0.0.1", port)) as client:
         client.send(f"GET {what} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
@@ -469,7 +468,7 @@ def load(port):
     def go_on(enough=50):
         """Wait for some more answers."""
         enough += len(found.pids)
-        until(lambda: len(found.pids) >= enough)
+        eventually(lambda: len(found.pids) >= enough)
 
     found.go_on = go_on
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
@@ -503,7 +502,7 @@ class TestServing:
         """The app meets the classes of the server. Its subprocesses hear Ctrl-C: what is
         ignored stays so in a program (man 2 execve). They do not inherit the listener."""
         with start() as p:
-            assert get(p.port(), "/home") == "True False [False]"
+            assert text_of(p.port(), "/home") == "True False [False]"
 
     @POSIX_ONLY
     @pytest.mark.parametrize("options", [["--reload"], []], ids=["reload", "workers"])
@@ -579,7 +578,7 @@ class TestSupervision:
                 line = p.wait_for(rf"\[{victim}\] .* after \d+\.\d s; starting another now")
                 assert os.name == "nt" or f"was ended by {name}" in line[0]
                 new = p.wait_for(r"worker \[(\d+)\] is ready")[1]
-                until(lambda: new in clients.pids)
+                eventually(lambda: new in clients.pids)
                 after = len(clients.pids)
                 clients.go_on()
             assert len(clients.failed) <= 4  # one request of each client
@@ -592,10 +591,10 @@ class TestSupervision:
             with p.connect(port) as client:
                 client.send(b"GET /block HTTP/1.1\r\nHost: x\r\n\r\n")
                 victim = p.wait_for(r"in progress (\d+)")[1]
-                assert get(port) in pids - {victim}  # the other one goes on
+                assert text_of(port) in pids - {victim}  # the other one goes on
                 p.wait_for(rf"ERROR.*\[{victim}\]: the event loop is blocked; replacing it")
                 new = p.wait_for(r"worker \[(\d+)\] is ready")[1]
-                until(lambda: get(port) == new)
+                eventually(lambda: text_of(port) == new)
             assert p.output.count("is blocked") == 1 and p.output.count("importing") == 3
 
     @pytest.mark.parametrize(
@@ -650,7 +649,7 @@ class TestTheEnd:
             with in_each(p, port, pids, "wait_for_body") as clients:
                 os.killpg(p.process.pid, number) if to_all else p.process.send_signal(number)
                 p.wait_for("stopping; workers have 7205 s to finish")
-                until(lambda: not connects(("127.0.0.1", port)))  # while they go on
+                eventually(lambda: refuses(("127.0.0.1", port)))  # while they go on
                 for client in clients:
                     client.send(b"k")
                     assert client.response()[2].decode() in pids
@@ -678,7 +677,7 @@ class TestTheEnd:
             for pid in map(int, pids):
                 os.kill(pid, signal.SIGINT)
                 os.kill(pid, signal.SIGHUP)
-            until(lambda: {get(port) for _ in range(20)} == pids)
+            eventually(lambda: {text_of(port) for _ in range(20)} == pids)
             p.interrupt()
             assert p.exit_code() == 0
         assert "another" not in p.output and p.output.count("the lifespan ends") == 2
@@ -704,4 +703,4 @@ class TestTheEnd:
             with in_each(p, port, pids if what else set(), what):
                 p.process.kill()
                 p.nobody_is_left()
-            until(lambda: not connects(("127.0.0.1", port)))  # the port is closed after the output
+            eventually(lambda: refuses(("127.0.0.1", port)))  # the port is closed after the output
