@@ -712,6 +712,7 @@ class TestNagle:
 
     @pytest.mark.parametrize("options", [(), ("--workers", 2), ("--reload",), ("--fd",)])
     def test_nagle_is_off_in_every_mode(self, options):
+        """Here asyncio does it, too, because no mode loses the listener's proto."""
         if options == ("--fd",) and os.name == "nt":
             pytest.skip("Windows inherits no descriptors")
         with socket.create_server(("127.0.0.1", 0)) as given:

@@ -22,12 +22,19 @@ SIGNALS = [
     pytest.param(signal.SIGTERM, 128 + 15, id="SIGTERM", marks=POSIX_ONLY),
 ]
 HANGING = "async def app(scope, receive, send):\n    await wait_forever(receive)\n"
+IMPATIENT = """
+import asyncio, os, signal
+class Loop(asyncio.SelectorEventLoop):
+    def __init__(self):
+        os.kill(os.getpid(), signal.SIGTERM)
+        super().__init__()
+"""
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("app")
-    for name, text in {**APPS, "hanging": APP + HANGING}.items():
+    for name, text in {**APPS, "hanging": APP + HANGING, "impatient": IMPATIENT}.items():
         (folder / f"{name}.py").write_text(text)
     return folder
 
@@ -96,6 +103,13 @@ class TestSignals:
                     p.process.wait(0.1)
             assert p.exit_code() == code
         assert "the lifespan ends" not in p.output
+
+    @POSIX_ONLY
+    def test_a_signal_amid_the_making_of_the_loop_leaves_no_half_of_one(self, start, folder):
+        """Python shows a traceback when it throws such a half away."""
+        with start("--loop", "impatient:Loop", env={"PYTHONPATH": str(folder)}) as p:
+            assert p.exit_code() == -signal.SIGTERM
+        assert "Traceback" not in p.output
 
     def test_at_the_end_of_the_grace_a_request_is_cancelled_and_the_log_says_so(self, start):
         with start("--timeout-graceful-shutdown", 0.5) as p, p.connect(p.port()) as client:
