@@ -1311,24 +1311,21 @@ class Exchange:
     async def receive(self) -> Message:
         """The request's body as it arrives. Then http.disconnect, as soon as the client
         has left or the answer is complete (ASGI www, "Request", "Disconnect")."""
-        deadline = math.inf  # for a client that may leave or not
-        if not self.body_received:
-            seconds = self.server.config.timeout_request_body
-            deadline = self.wire.loop.time() + seconds
+        limit = self.server.config.timeout_request_body
+        deadline = math.inf if self.body_received else self.wire.loop.time() + limit
         while self.state is not COMPLETE and not self.client_left():
             if not self.body_received:
                 self.read_body()
                 if self.told:
                     break  # the body was refused: what has come is not all of it
-                more_body = self.conn.their_state is h11.SEND_BODY
-                if self.body or not more_body:
+                more = self.conn.their_state is h11.SEND_BODY
+                if self.body or not more:
                     if len(self.body) == PIECES:
                         await asyncio.sleep(0)  # others have their turn
                     body = b"".join(self.body)  # walk: 6
                     self.body.clear()
-                    self.body_received = not more_body
-                    message = {"type": "http.request", "body": body}
-                    return {**message, "more_body": more_body}
+                    self.body_received = not more
+                    return {"type": "http.request", "body": body, "more_body": more}
             elif self.wire.ended:
                 break  # the client may still read, but there is no way to know
             await self.wait_for_body(deadline)
