@@ -467,9 +467,10 @@ def broken_app(exc: StartupError) -> ASGIApp:
     page = f"{cause}\n\n{exc}\n".lstrip().encode(errors="replace")
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
-        fields = [(b"Content-Type", b"text/plain; charset=utf-8")]
-        await send({"type": "http.response.start", "status": 500, "headers": fields})
-        await send({"type": "http.response.body", "body": page})
+        plain = [(b"Content-Type", b"text/plain; charset=utf-8")]
+        kind = "websocket.http" if scope["type"] == "websocket" else "http"
+        await send({"type": f"{kind}.response.start", "status": 500, "headers": plain})
+        await send({"type": f"{kind}.response.body", "body": page})
 
     return app
 

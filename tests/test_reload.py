@@ -10,8 +10,8 @@ import types
 from pathlib import Path
 
 import pytest
-from conftest import GET, Client
-from conftest import POSIX_ONLY
+from conftest import GET, POSIX_ONLY, Client
+from frames import handshake
 from test_workers import APP, APPS, FAILS, STARTUP, Hurried, eventually, text_of
 
 import reload
@@ -385,6 +385,9 @@ class TestReload:
         with editor.start() as p:
             p.wait_for("serves only an error page after")
             port = p.port()
+            with p.connect(port) as client:  # a WebSocket is refused with the same page
+                client.send(handshake())
+                assert b"no_such_name" in client.response()[2]
             for words, text in BROKEN.items():
                 editor.save(text)
                 page = editor.until_served(port, words)
@@ -395,6 +398,7 @@ class TestReload:
             p.count("is ready after", 5)
             p.interrupt()
             assert p.exit_code() == 0
+        assert "GET /: the app failed" not in p.output
         assert p.output.count('app.py", line ') == 4  # each once, and that of the start
         assert p.output.count("is ready after") == 5
 
