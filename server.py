@@ -526,7 +526,7 @@ class Server:
         await self.start_app()
         self.tick()
         try:
-            if not self.stopping.is_set():
+            if not (self.stop_signal or self.stopping.is_set()):
                 await self.start_accepting(tls)
                 if ready:
                     ready(self.config.addresses(self.listeners))

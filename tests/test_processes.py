@@ -21,6 +21,7 @@ SIGNALS = [
     pytest.param(INTERRUPT, INTERRUPTED, id="Ctrl-C"),
     pytest.param(signal.SIGTERM, 128 + 15, id="SIGTERM", marks=POSIX_ONLY),
 ]
+SWALLOWS = "try:\n    while True: time.sleep(0.02)\nexcept BaseException: pass\n"
 HANGING = "async def app(scope, receive, send):\n    await wait_forever(receive)\n"
 IMPATIENT = """
 import asyncio, os, signal
@@ -34,7 +35,8 @@ class Loop(asyncio.SelectorEventLoop):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("app")
-    for name, text in {**APPS, "hanging": APP + HANGING, "impatient": IMPATIENT}.items():
+    more = {"hanging": APP + HANGING, "swallows": APP + SWALLOWS, "impatient": IMPATIENT}
+    for name, text in {**APPS, **more}.items():
         (folder / f"{name}.py").write_text(text)
     return folder
 
@@ -80,7 +82,10 @@ class TestSignals:
         assert_order(p.output, "stopping", "POST /wait_for_body", "the lifespan ends", "stopped")
 
     @pytest.mark.parametrize("number, _", SIGNALS)
-    @pytest.mark.parametrize("app, place", [("stuck", "importing"), ("hanging", "in progress")])
+    @pytest.mark.parametrize(
+        "app, place",
+        [("stuck", "importing"), ("swallows", "importing"), ("hanging", "in progress")],
+    )
     def test_a_start_that_hangs_can_be_stopped(self, start, number, _, app, place):
         with start(app=f"{app}:app") as p:
             p.wait_for(place)
