@@ -609,6 +609,8 @@ class Server:
             logger.info("requests in progress: %d; %s", len(self.tasks), how)
         for connection in list(self.connections):
             connection.go_away()
+        if self.lifeline and self.config.ssl_certfile:  # asyncio hides its handshakes
+            await asyncio.sleep(min(LAST_CALL, grace))
         if not await self.all_ended(grace / 2):
             how = "telling the app that its clients have left"
             logger.info("requests in progress: %d; %s", len(self.tasks), how)

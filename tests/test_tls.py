@@ -10,6 +10,7 @@ import functools
 import http.client
 import os
 import queue
+import signal
 import ssl
 import threading
 import time
@@ -18,7 +19,7 @@ from pathlib import Path
 import pytest
 from apps import END, START, Recorder, body, errors, get, has_ended, length, narrow_listener
 from apps import post, read_body, saying, start, turns, until, wait_for_disconnect
-from conftest import GET, PATIENCE, Client, Process, serving
+from conftest import GET, PATIENCE, POSIX_ONLY, Client, Process, serving
 from frames import CLOSE, TEXT, frame, handshake
 
 import server
@@ -435,6 +436,21 @@ class TestWebSocket:
 
 class TestProcess:
     """As a user runs it."""
+
+    @POSIX_ONLY
+    def test_a_handshake_goes_on_while_its_worker_is_replaced(self):
+        options = ("--reload", "--log-level", "debug", "--ssl-certfile", CERTIFICATE)
+        with Process("echo:app", "--port", 0, *options) as process:
+            address = ("127.0.0.1", process.port())
+            with process.connect(address[1]) as client:
+                TLSClient(address).sock.close()  # so the one before it is accepted, too
+                process.process.send_signal(signal.SIGHUP)
+                process.wait_for("asked by the supervisor: stopping")
+                client.sock = trusting().wrap_socket(client.sock, server_hostname="localhost")
+                client.send(LAST)
+                assert client.response()[0] == 200
+            process.interrupt()
+            assert process.exit_code() == 0
 
     @pytest.mark.parametrize("workers", [1, 2])
     def test_the_address_is_https_and_answers(self, workers):
