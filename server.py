@@ -656,16 +656,17 @@ class Lifespan:
         """Raises StartupError if the app says that it cannot start."""
         if self.server.config.lifespan == "off":
             return
-        self.task = asyncio.create_task(self.run())
-        answer = await self.ask("startup")
-        if answer == "complete":
+        self.task, answer = asyncio.create_task(self.run()), "interrupted"
+        try:
+            answer = await self.ask("startup")
+        finally:  # also when the task that serves is cancelled
+            if answer != "complete":
+                self.task.cancel()
+        if answer in ("complete", "interrupted"):
             return
-        self.task.cancel()
         self.task, error = None, self.error
         if answer == "failed":
             raise StartupError(f"the app failed to start: {self.text}")
-        if answer == "interrupted":
-            return
         why = f"it raised {in_words(error)}" if error else "it returned at once"
         if error and not isinstance(error, Exception):  # such as sys.exit()
             raise StartupError(f"the app ended itself at startup: {why}")
@@ -698,11 +699,11 @@ class Lifespan:
         scope = {"type": "lifespan", "asgi": asgi, "state": self.server.state}
         try:
             await self.server.app(scope, self.messages.get, self.send)
-        except (Exception, SystemExit, KeyboardInterrupt) as exc:  # foreign code
+        except BaseException as exc:  # foreign code, or we have cancelled it
             self.error = exc
-            if self.question != "startup":  # `startup` decides what it means there
-                text = reload.app_traceback(exc)
-                logger.error("%s\nlifespan: the app failed", text)
+            cancelled = isinstance(exc, asyncio.CancelledError)
+            if self.question != "startup" and not cancelled:  # `startup` decides itself
+                logger.error("%s\nlifespan: the app failed", reload.app_traceback(exc))
         finally:
             self.answers.put_nowait("ended")
 

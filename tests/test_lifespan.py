@@ -112,7 +112,7 @@ class TestStartup:
         with pytest.raises(server.StartupError, match=why):
             serves(doing(*steps), lifespan=mode)
 
-    @pytest.mark.parametrize("kind", [SystemExit, KeyboardInterrupt])
+    @pytest.mark.parametrize("kind", [SystemExit, KeyboardInterrupt, BaseException])
     def test_an_app_that_ends_the_process_stops_it_with_code_3_and_one_line(self, kind, log):
         """sys.exit() in a startup hook means that the app cannot start, and not that it
         does not know lifespan."""
@@ -131,6 +131,23 @@ class TestStartup:
         with starting(doing(hang), **options) as running:
             assert begun.wait(PATIENCE)
         assert not running.errors
+
+    def test_if_serve_is_cancelled_meanwhile_so_is_the_app(self):
+        async def main():
+            begun, for_ever = asyncio.Event(), asyncio.Event()
+
+            async def hang():
+                begun.set()
+                await for_ever.wait()
+
+            task = asyncio.create_task(server.serve(doing(hang), port=0))
+            await asyncio.wait_for(begun.wait(), PATIENCE)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            assert asyncio.all_tasks() == {asyncio.current_task()}
+
+        asyncio.run(main())
 
 
 class TestSupport:
@@ -191,7 +208,8 @@ class TestShutdown:
 
     @pytest.mark.parametrize(
         "steps, why",
-        [([DOWN_FAILED], "not saved"), ([ValueError("mine")], "ValueError: mine")],
+        [([DOWN_FAILED], "not saved"), ([ValueError("mine")], "ValueError: mine")]
+        + [([BaseException("mine")], "BaseException: mine")],  # such as a panic of Rust
     )
     def test_a_failure_is_logged(self, steps, why, log):
         serves(doing(None, UP, None, *steps))
