@@ -1677,7 +1677,7 @@ class WebSocket(Exchange):
             raise ValueError(f"subprotocol {subprotocol!r} was not offered")
         if any(name.lower().startswith(b"sec-websocket-") for name, _ in extra):
             raise ValueError("the server sets Sec-WebSocket fields; use subprotocol")
-        key = dict(asked)[b"sec-websocket-key"]
+        key = tokens(asked, b"sec-websocket-key")[0].encode()
         proof = base64.b64encode(hashlib.sha1(key + WEBSOCKET_GUID).digest())
         fields = [*self.fields, (b"Sec-WebSocket-Accept", proof), *extra]
         if subprotocol is not None:

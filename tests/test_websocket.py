@@ -260,6 +260,7 @@ GOOD = [
     *({"Connection": ",UPGRADE,close-not,"}, {"Connection": ["keep-alive", "Upgrade"]}),
     *({"Expect": "100-continue"}, {"Content_Length": "0"}),
     {"Sec_WebSocket_Extensions": ["x-a; b=1", "permessage-deflate, x-c"]},
+    {"Sec_WebSocket_Key": [KEY, ""]},  # an empty list element is none (RFC 9110 §5.6.1)
 ]
 BAD_KEYS = [None, "", KEY[:-4], KEY[:-1] + "E=", KEY[:-2], "!" + KEY[1:], [KEY, KEY]]
 BAD = [
