@@ -164,7 +164,7 @@ class Serving:
         return future.result(PATIENCE)
 
     def stop(self):
-        if self.thread.is_alive() and self.server.loop is not None:
+        if self.thread.is_alive():
             with contextlib.suppress(RuntimeError):  # the loop closed just now
                 self.server.loop.call_soon_threadsafe(self.server.stop, "test over")
         self.thread.join(PATIENCE)

@@ -197,12 +197,12 @@ class TestControlCharacters:
 class TestRepeatedHead:
     """A client repeats its head, and the server need not check an equal one again."""
 
-    @pytest.mark.parametrize("more", [b"X: \0", b" y", b"X:\ny", b": y", LENGTH, CHUNKED])
+    @pytest.mark.parametrize("more", [b"X: \0", b" y", b"X:\ny", b"Expect:", LENGTH, CHUNKED])
     def test_a_head_that_only_begins_like_the_last_one_is_checked(self, served, more):
         first = head(b"Content-Length: 6")
         after = first.removesuffix(b"\r\n") + more + b"\r\n\r\n"
         answers = served.talk(first + b"hello!" + after + b"hello!" + SMUGGLED)
-        assert statuses(answers) == [200, 400]
+        assert statuses(answers) == [200, 417 if more == b"Expect:" else 400]
         assert served.config.app.paths() == ["/first"]
 
 
@@ -337,7 +337,7 @@ LIMITS = [  # (bytes, status); a head without an end is refused by the limit alo
     (get(b"/", b"X: ".ljust(65536 - len(get(b"/", b"")), b"y")), 200),
     (get(b"/", b"X: ".ljust(65537 - len(get(b"/", b"")), b"y")), 431),
     (request()[:-2] + b"X: y\r\n" * 120, 431),
-    (request()[:-2] + b"X: " + b"y" * 66000, 431),
+    (request()[:-2] + b"X: " + b"y" * 66000, 431), (b"GET /" + b"a" * 66000, 414),
     (request(b"X" * 9000 + b" / HTTP/1.1"), 400),  # a malformed line, and no long target
 ]  # fmt: skip
 
@@ -387,7 +387,7 @@ class TestCost:
         start, drops = GET[:-2] + b"X: ", [b"y"] * 120
         short = min(self.seconds(served, start, *drops) for _ in range(3))
         long = min(self.seconds(served, start + b"y" * 60_000, *drops) for _ in range(3))
-        assert long < 2 * short + 0.008
+        assert long < 2 * short + 0.008  # seconds: the noise
 
 
 class TestScope:
@@ -436,7 +436,7 @@ class TestScope:
             assert len(shared) == count
             shared.append(count)
             shown.append(repr(scope))
-            scope["headers"].clear(), scope["extensions"].clear()
+            scope["headers"].clear(), scope["extensions"].update(mine={})
             scope["path"], scope["client"], scope["state"]["mine"] = "mine", ["9.9.9.9", 0], True
             await answer_with(send)
             scope.clear()

@@ -166,7 +166,7 @@ class TestSupport:
         assert raised.value.__cause__ is (steps[0] if steps else None)
 
     def test_in_off_the_app_is_not_asked(self):
-        app = doing(AssertionError("it was asked"))
+        app = doing(SystemExit("it was asked"))
         assert serves(app, lifespan="off").startswith(b"HTTP/1.1 200 ")
 
     def test_when_it_raises_after_startup_it_is_logged_and_requests_go_on(self, log):
@@ -222,7 +222,7 @@ class TestShutdown:
 
 
 WRONG = [  # after how many of the steps None, UP, None, DOWN an app may not say what
-    *((1, {}), (1, {"type": None}), (1, START), (1, {"type": "lifespan.startup"})),
+    *((1, {}), (1, {"type": None}), (1, START), (1, {"type": "lifespan.startup.begun"})),
     *((1, DOWN), (2, UP), (2, UP_FAILED), (2, DOWN), (3, UP), (4, DOWN), (4, DOWN_FAILED)),
 ]
 

@@ -48,25 +48,25 @@ BEFORE = pytest.mark.parametrize("before", [[], [START, CHUNK]], ids=["silent", 
 class TestGracefulStop:
     """Stop accepting, finish requests, tell the apps, cancel them."""
 
-    def test_an_idle_connection_is_closed(self, monkeypatch):
+    def test_an_idle_connection_is_closed(self):
         """At once if it has had an answer. A new one has a moment to send its request."""
-        monkeypatch.setattr(server, "LAST_CALL", 0.2)
         patient = {"timeout_keep_alive": 3600, "timeout_request_head": 3600}
         with serve(saying(START, END), **NO_HURRY, **patient) as running:
             with running.connect() as idle, running.connect() as silent:
                 idle.send(GET)
                 assert idle.response()[0] == 200
+                idle.sock.settimeout(0.9 * server.LAST_CALL)
                 until(running, lambda: len(running.server.connections) == 2)
                 running.call(running.server.stop, "the test says so")
                 assert idle.read_all() == silent.read_all() == b""
                 has_ended(running)
 
     def test_a_request_that_is_on_its_way_is_answered(self):
-        """What if the connection was accepted just before the stop?"""
+        """What if its head has not arrived, or only half of it?"""
         with serve(saying(START, body(b"x")), **NO_HURRY) as running:
             with running.connect() as new, running.connect() as half:
-                half.send(GET[:9])
-                until(running, lambda: len(running.server.connections) == 2)
+                half.send(GET + GET[:9])
+                assert half.response()[0] == 200  # so both have arrived
                 stop(running)
                 new.send(GET)
                 half.send(GET[9:])
@@ -75,7 +75,7 @@ class TestGracefulStop:
                     assert (status, fields["connection"]) == (200, "close")
                 has_ended(running)
 
-    @pytest.mark.parametrize("size", [100_000, 150_000, 200_000, 300_000, 2_000_000])
+    @pytest.mark.parametrize("size", [100_000, 230_000, 240_000, 250_000, 260_000])
     def test_an_answer_arrives_whole_whatever_of_it_is_unsent(self, size, monkeypatch):
         """What if the app has said all, and the client reads later? Some of these sizes
         leave a little with asyncio, which has told us that it has room."""
@@ -85,7 +85,7 @@ class TestGracefulStop:
             client.send(GET)
             client.read_until(b"\r\n\r\n")
             running.call(running.server.stop, "the test says so")
-            running.thread.join(0.1)  # it must not end before the client has read
+            running.thread.join(0.4)  # it must not end before the client has read
             assert client.read_all().count(b"\0") == size
             has_ended(running)
 
@@ -112,8 +112,8 @@ class TestGracefulStop:
             assert app.calls.get(timeout=PATIENCE) == "/1"
             stop(running)
             running.call(app.go.set)
-            found = [client.response()[1].get("connection") for _ in range(1 + len(before) // 2)]
-            assert found == ([None, "close"] if before else ["close"])
+            expected = [None, "close"] if before else ["close"]
+            assert [client.response()[1].get("connection") for _ in expected] == expected
             assert client.read_all() == b""
             has_ended(running)
 
@@ -133,7 +133,7 @@ class TestGracefulStop:
                 client.send(GET)
                 assert seen.get(timeout=PATIENCE) == "streaming"
                 stop(running)
-                assert client.response()[2] == b"not done"
+                assert seen.empty() and client.response()[2] == b"not done"
             assert seen.get(timeout=PATIENCE) == DISCONNECT
             has_ended(running)
         assert "telling the app" in log.text and "cancelling" not in log.text
@@ -202,7 +202,7 @@ class TestBackgroundWork:
             assert client.response()[0] == 200
             stop(running)
             assert client.read_all() == b""
-            assert running.thread.is_alive() and seen.empty()
+            running.thread.join(0.1)  # it must not end before the work has
             running.call(go.set)
             has_ended(running)
         assert seen.get_nowait() == DISCONNECT and "cancelling" not in log.text
@@ -220,7 +220,7 @@ class TestFromPython:
     """From Python: the parts that concern a running loop."""
 
     def test_serve_calls_ready_with_its_addresses_and_ends_if_cancelled(self, monkeypatch):
-        monkeypatch.setattr(server, "LINGER", 1000.0)
+        monkeypatch.setattr(server, "LINGER", 1000.0)  # that a stop does not wait for
 
         async def main():
             ready = asyncio.get_running_loop().create_future()
