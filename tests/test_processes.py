@@ -11,7 +11,7 @@ import socket
 import subprocess
 
 import pytest
-from conftest import GET, PATIENCE, POSIX_ONLY, Client, Process, fetch, refuses
+from conftest import GET, POSIX_ONLY, Client, Process, fetch, refuses
 from test_workers import APP, APPS, INTERRUPT
 
 import sockets
@@ -102,10 +102,10 @@ class TestSignals:
         with start("--timeout-graceful-shutdown", 3600) as p, p.connect(p.port()) as client:
             ask(client, what)
             p.wait_for("in progress")
-            for _ in range(int(PATIENCE / 0.1)):
+            for _ in range(3):
                 p.process.send_signal(number)
                 with contextlib.suppress(subprocess.TimeoutExpired):
-                    p.process.wait(0.1)
+                    p.process.wait(0.5)
             assert p.exit_code() == code
         assert "the lifespan ends" not in p.output
 

@@ -15,6 +15,8 @@ from frames import handshake
 from test_workers import APP, APPS, FAILS, STARTUP, Hurried, eventually, text_of
 
 import reload
+import server
+import workers
 from reload import Watcher
 
 
@@ -74,13 +76,15 @@ def spawned():
 
 
 class TestLoad:
-    """What a user can get wrong in MODULE:ATTRIBUTE,
-    and the sentence about each, is in test_command_line.py."""
+    """What a user can get wrong in MODULE:ATTRIBUTE, and the sentence about each, is in
+    test_command_line.py."""
 
     def test_an_app_is_imported_from_its_folder_first_and_the_examples_last(self, tree):
-        write(tree / "behind" / "main.py", "app = 'another'")
+        for name in ("main", "echo"):  # there is an example of that name, too
+            write(tree / "behind" / f"{name}.py", "app = 'another'")
         sys.path.insert(0, str(tree / "behind"))
         assert reload.load("main:app.inner", str(tree)) == "the app"
+        assert reload.load("echo:app", str(tree)) == "another"
         assert reload.load("slow:app", str(tree)).__module__ == "slow"
 
     @pytest.mark.parametrize("text, words", BROKEN_MODULES.items())
@@ -300,6 +304,12 @@ def test_the_rest_grows_and_shrinks_with_the_time_of_a_look(tree, monkeypatch):
         assert looks[-1] - before - cost[0] == pytest.approx(rest, abs=0.02)
 
 
+def test_the_delay_is_that_of_the_option(monkeypatch):
+    delay_of = lambda supervisor: supervisor.should_restart.__self__.delay  # noqa: E731
+    monkeypatch.setattr(workers.Supervisor, "run", delay_of)
+    assert server.supervise(server.Config("x:app", reload=True, reload_delay=7.0), [], print) == 7.0
+
+
 # ── The whole program. ──
 
 # What an editor may save: words that the page and the log then have.
@@ -371,9 +381,9 @@ class TestReload:
                 saved = time.monotonic()
                 editor.until_served(port, editor.save())
                 assert time.monotonic() - saved < 8  # two seconds on an idle machine
+                stream.sock.recv(2**20)  # what was sent until now
                 stream.unread = b""
-                for _ in range(9):
-                    stream.read_until(b"still")
+                stream.read_until(b"still")
                 slow.send(b"k")
                 assert slow.response()[1]["version"] == "v1"  # the old code answers
                 assert silent.response()[1]["version"] == "v1"  # once it is told, half way

@@ -403,7 +403,8 @@ TALKS_BEFORE = {  # before the app accepts or denies; the client offers two subp
         *(leaves("reset"), unseen, fails(ACCEPT), hears(CONNECT), hears(gone(1006))),
     ],
     "a client that is accepted during a stop is told at once": [
-        *(stops, sends(ACCEPT), switched(), reads(CLOSE, RESTART), says(CLOSE, RESTART)),
+        *(stops, lambda s: turns(s.running), sends(ACCEPT), switched()),
+        *(reads(CLOSE, RESTART), says(CLOSE, RESTART)),
     ],
 }
 
@@ -472,10 +473,6 @@ TALKS = {  # after it has accepted
     "a ping within a message is answered at once": [
         *(says(TEXT, b"a", fin=False), says(PING, b"1"), reads(PONG, b"1")),
         *(says(CONTINUATION, b"b"), hears(got(text="ab"))),
-    ],
-    "a ping that comes while much is unsent is answered when there is room": [
-        *(sends({**SEND, "bytes": bytes(16 * MIB)}), says(PING, b"1")),
-        *(reads(BINARY, bytes(16 * MIB)), reads(PONG, b"1")),
     ],
     "a pong that answers nothing is ignored": [says(PONG), says(TEXT), hears(got(text=""))],
     # RFC 6455 §5.5.1: an endpoint "typically echos the status code it received"; §7.1.1:
@@ -654,7 +651,7 @@ class TestPing:
 
     def test_a_dead_peer_is_dropped(self, quick, log):
         with opened(ws_ping_interval=0.05, ws_ping_timeout=0.1) as session:
-            session.play(hears(gone(1006)), reads(PING), fails(SEND_X))
+            session.play(hears(gone(1006)), reads(PING), fails(SEND_X), unseen)
             assert session.client.end() == b""
         assert not errors(log)
 
@@ -683,9 +680,9 @@ class TestClosingHandshake:
 
     def test_a_client_that_answers_later_than_a_ping_is_not(self, quick):
         """The answer has a deadline of its own, longer than that of a Pong."""
-        with opened(ws_ping_interval=0.05, ws_ping_timeout=0.05) as session:
+        with opened(ws_ping_interval=0.5, ws_ping_timeout=0.01) as session:
             session.play(sends(SAY_CLOSE), reads(CLOSE, BYE))
-            wait_for_ticks(session.running, 15)
+            wait_for_ticks(session.running, 35)
             session.play(says(CLOSE, BYE), over, hears(gone(1000)))
 
     def test_a_ping_that_is_due_when_the_app_closes_does_not_end_it(self, monkeypatch):
@@ -714,7 +711,7 @@ class TestClosingHandshake:
             raise AssertionError("it is still open")
 
     @pytest.mark.parametrize("how", [sends(SAY_CLOSE), ends(), stops])
-    def test_messages_that_the_app_does_not_read_do_not_stop_it(self, how):
+    def test_messages_that_the_app_does_not_read_do_not_stop_a_close(self, how):
         """The client's Close waits behind them, where the server has stopped reading."""
         with opened(listener=narrow_listener()) as session:
             data = frame(BINARY, bytes(20_000)) * 5 + frame(CLOSE, BYE)
@@ -749,7 +746,7 @@ class TestBackPressure:
     def test_empty_messages_count_as_well(self):
         """What if a client sends a million messages of nothing?"""
         with opened(listener=narrow_listener()) as session:
-            assert session.fill(frame(TEXT) * 500_000) < 1_000_000
+            assert session.fill(frame(TEXT) * 500_000) < 300_000
             session.play(hears(got(text="")))
 
     def test_a_client_that_sends_pings_and_reads_nothing_is_held_up_too(self):

@@ -493,9 +493,8 @@ class TestServing:
                 client.send(GET)
             answers = [client.response()[2].decode() for client in clients]
             assert set(answers) == pids and min(map(answers.count, pids)) >= 4
-            # The address is told when it answers, and once.
+            # The address is told when it answers.
             assert re.search("(?s)importing.*is ready after.*listening on", p.output)
-            assert p.output.count("listening on") == 1
 
     @POSIX_ONLY
     def test_a_worker_is_a_good_home_for_an_app(self, start):
@@ -594,7 +593,7 @@ class TestSupervision:
                 assert text_of(port) in pids - {victim}  # the other one goes on
                 p.wait_for(rf"ERROR.*\[{victim}\]: the event loop is blocked; replacing it")
                 new = p.wait_for(r"worker \[(\d+)\] is ready")[1]
-                eventually(lambda: text_of(port) == new)
+                eventually(lambda: {text_of(port) for _ in range(9)} == pids - {victim} | {new})
             assert p.output.count("is blocked") == 1 and p.output.count("importing") == 3
 
     @pytest.mark.parametrize(
