@@ -329,7 +329,7 @@ class TestDeadlinesOfAHead:
 
     @pytest.mark.parametrize(
         "limits, silence, gap",
-        [((2 * GAP, 0), 1.2 * GAP, 1.2 * GAP), ((GAP, 4 * GAP), 2 * GAP, 0)],
+        [((1.5 * GAP, 0), 0.9 * GAP, 0.9 * GAP), ((GAP, 3 * GAP), 1.5 * GAP, 0)],
         ids=["head", "keep-alive"],
     )
     def test_a_new_connection_may_be_silent_for_the_longer_of_both(self, limits, silence, gap):

@@ -105,7 +105,7 @@ class TestSignals:
             for _ in range(3):
                 p.process.send_signal(number)
                 with contextlib.suppress(subprocess.TimeoutExpired):
-                    p.process.wait(0.5)
+                    p.process.wait(0.25)
             assert p.exit_code() == code
         assert "the lifespan ends" not in p.output
 

@@ -48,8 +48,9 @@ BEFORE = pytest.mark.parametrize("before", [[], [START, CHUNK]], ids=["silent", 
 class TestGracefulStop:
     """Stop accepting, finish requests, tell the apps, cancel them."""
 
-    def test_an_idle_connection_is_closed(self):
+    def test_an_idle_connection_is_closed(self, monkeypatch):
         """At once if it has had an answer. A new one has a moment to send its request."""
+        monkeypatch.setattr(server, "LAST_CALL", 0.5)
         patient = {"timeout_keep_alive": 3600, "timeout_request_head": 3600}
         with serve(saying(START, END), **NO_HURRY, **patient) as running:
             with running.connect() as idle, running.connect() as silent:
@@ -80,12 +81,13 @@ class TestGracefulStop:
         """What if the app has said all, and the client reads later? Some of these sizes
         leave a little with asyncio, which has told us that it has room."""
         monkeypatch.setattr(server, "LAST_CALL", 0.02)
+        monkeypatch.setattr(server, "TICK", 0.02)
         app = saying(START, body(bytes(size)))
         with serve(app, narrow_listener(), **NO_HURRY) as running, running.connect() as client:
             client.send(GET)
             client.read_until(b"\r\n\r\n")
             running.call(running.server.stop, "the test says so")
-            running.thread.join(0.4)  # it must not end before the client has read
+            running.thread.join(0.1)  # it must not end before the client has read
             assert client.read_all().count(b"\0") == size
             has_ended(running)
 

@@ -10,7 +10,6 @@ import functools
 import http.client
 import os
 import queue
-import signal
 import ssl
 import threading
 import time
@@ -19,7 +18,7 @@ from pathlib import Path
 import pytest
 from apps import END, START, Recorder, body, errors, get, has_ended, length, narrow_listener
 from apps import post, read_body, saying, start, turns, until, wait_for_disconnect
-from conftest import GET, PATIENCE, POSIX_ONLY, Client, Process, serving
+from conftest import GET, PATIENCE, Client, Process, serving
 from frames import CLOSE, TEXT, frame, handshake
 
 import server
@@ -239,14 +238,15 @@ def client_hello() -> bytes:
 class TestHandshake:
     """RFC 8446 §4; it has the time that a head may take."""
 
-    @pytest.mark.parametrize("size", [0, 1, 5, 100])
-    def test_a_client_that_does_not_finish_it_is_dropped(self, size, log):
+    def test_a_client_that_does_not_finish_it_is_dropped(self, log):
         """It does not hold up the others, which need some of that time for their own."""
-        with serve(echo, timeout_request_head=0.5) as running:
-            with running.connect() as client:
+        options = {"timeout_request_head": 0.5}
+        with serve(echo, **options) as running, contextlib.ExitStack() as stack:
+            clients = [stack.enter_context(running.connect()) for _ in range(4)]
+            for client, size in zip(clients, (0, 1, 5, 100), strict=True):
                 client.send(client_hello()[:size])
-                assert ask(running)[0] == 200
-                assert ended(client) == b""
+            assert ask(running)[0] == 200
+            assert [ended(client) for client in clients] == [b""] * 4
         assert not errors(log)
 
     @pytest.mark.parametrize(
@@ -456,31 +456,26 @@ class TestWebSocket:
 class TestProcess:
     """As a user runs it."""
 
-    @POSIX_ONLY
-    def test_a_handshake_goes_on_while_its_worker_is_replaced(self):
+    def test_a_handshake_goes_on_while_its_worker_stops(self):
         options = ("--reload", "--log-level", "debug", "--ssl-certfile", CERTIFICATE)
         with Process("echo:app", "--port", 0, *options) as process:
             address = ("127.0.0.1", process.port())
             with process.connect(address[1]) as client:
                 TLSClient(address).sock.close()  # so the one before it is accepted, too
-                process.process.send_signal(signal.SIGHUP)
+                process.interrupt()
                 process.wait_for("asked by the supervisor: stopping")
                 client.sock = trusting().wrap_socket(client.sock, server_hostname="localhost")
                 client.send(LAST)
                 assert client.response()[0] == 200
-            process.interrupt()
             assert process.exit_code() == 0
 
-    @pytest.mark.parametrize("workers", [1, 2])
-    def test_the_address_is_https_and_answers(self, workers):
-        arguments = ["--port", 0, "--workers", workers, "--ssl-certfile", CERTIFICATE]
-        with Process("echo:app", *arguments, "--lifespan", "off") as process:
+    def test_the_address_is_https_and_answers(self):
+        with Process("echo:app", "--port", 0, "--ssl-certfile", CERTIFICATE) as process:
             line = r"listening on https://127\.0\.0\.1:(\d+)"
             port = int(process.wait_for(line)[1])
-            for _ in range(4):  # so that each worker has its turn, most likely
-                with TLSClient(("127.0.0.1", port)) as client:
-                    client.send(post(b"hello"))
-                    assert client.response()[0] == 200
+            with TLSClient(("127.0.0.1", port)) as client:
+                client.send(post(b"hello"))
+                assert client.response()[0] == 200
             process.interrupt()
             assert process.exit_code() == 0
         assert "Traceback" not in process.output
