@@ -830,8 +830,8 @@ class TestProcess:
 
     @pytest.mark.parametrize("kind", FLOODS)
     def test_beside_a_flood_of_tiny_frames_a_bystander_is_served(self, process, kind):
-        """One connection does not starve the others. Without turns
-        the bystander would be answered some five times while the flood is handled."""
+        """One connection does not starve the others. Without turns in `read`, a bystander of
+        the parts would be answered once."""
         flood = self.FLOODS[kind] + frame(CLOSE, BYE)
         with Speaker(process.address) as rude, Client(process.address) as bystander:
             rude.upgrade()
@@ -844,4 +844,4 @@ class TestProcess:
                 assert bystander.response()[0] == 200
                 answered += 1
             writer.join(PATIENCE)
-        assert rude.unread.endswith(b"\x88\x02" + BYE) and answered >= 20
+        assert rude.unread.endswith(b"\x88\x02" + BYE) and answered >= 10
