@@ -702,7 +702,7 @@ class Lifespan:
         except BaseException as exc:  # foreign code, or we have cancelled it
             self.error = exc
             cancelled = isinstance(exc, asyncio.CancelledError)
-            if self.question != "startup" and not cancelled:  # `startup` decides itself
+            if self.question != "startup" and not cancelled:  # `startup` tells its own
                 logger.error("%s\nlifespan: the app failed", reload.app_traceback(exc))
         finally:
             self.answers.put_nowait("ended")
