@@ -167,7 +167,7 @@ class TestUnixSocket:
             p.wait_for("listening on " + re.escape(f"unix:{path} "))
             with Client(path) as client:
                 ask(client, "wait_forever" if code else "", b"ok")
-                p.wait_for("in progress" if code else "POST / HTTP/1.1. 200")
+                p.wait_for("in progress" if code else 'unix "POST / HTTP/1.1" 200')
                 p.interrupt() if code else client.half_close()
                 p.wait_for("stopping") if code else None
                 p.interrupt()

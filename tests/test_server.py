@@ -76,6 +76,17 @@ class TestGracefulStop:
                     assert (status, fields["connection"]) == (200, "close")
                 has_ended(running)
 
+    def test_one_that_is_accepted_in_the_turn_of_the_stop_is_answered_too(self):
+        busy = threading.Event()
+        with serve(saying(START, body(b"x")), **NO_HURRY) as running:
+            running.server.loop.call_soon_threadsafe(busy.wait, PATIENCE)
+            with running.connect() as client:
+                client.send(GET)
+                running.server.loop.call_soon_threadsafe(running.server.stop, "the test says so")
+                busy.set()
+                assert client.response()[0] == 200
+            has_ended(running)
+
     @pytest.mark.parametrize("size", [100_000, 230_000, 240_000, 250_000, 260_000])
     def test_an_answer_arrives_whole_whatever_of_it_is_unsent(self, size, monkeypatch):
         """What if the app has said all, and the client reads later? Some of these sizes
