@@ -10,7 +10,7 @@ import types
 from pathlib import Path
 
 import pytest
-from conftest import GET, POSIX_ONLY, Client
+from conftest import POSIX_ONLY, fetch
 from frames import handshake
 from test_workers import APP, APPS, FAILS, STARTUP, Hurried, eventually, text_of
 
@@ -347,9 +347,7 @@ class Editor:
 
     def ask(self, port) -> str:
         """The version of the code that answers, or the page that shows why it is broken."""
-        with Client(("127.0.0.1", port)) as client:
-            client.send(GET)
-            status, fields, body = client.response()
+        status, fields, body = fetch(("127.0.0.1", port))
         if status == 200:
             return fields["version"]
         fields = {name.lower(): value for name, value in fields.items()}

@@ -15,7 +15,8 @@ import types
 from pathlib import Path
 
 import pytest
-from conftest import GET, PATIENCE, POSIX_ONLY, ROOT, Client, Process, environment, refuses
+from conftest import GET, PATIENCE, POSIX_ONLY, ROOT, Client, Process, environment
+from conftest import fetch, refuses
 from worker_targets import die_after_ready, follow, go_mute, ignore, obey, puppet
 
 import server
@@ -418,11 +419,9 @@ def start(folder):
 
 def text_of(port, what="/") -> str:
     """One request on a connection of its own."""
-    with Client(("127.0.0.1", port)) as client:
-        client.send(f"GET {what} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
-        status, _, body = client.response()
-        assert status == 200
-        return body.decode()
+    status, _, body = fetch(("127.0.0.1", port), what)
+    assert status == 200
+    return body.decode()
 
 
 @contextlib.contextmanager
