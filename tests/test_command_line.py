@@ -235,8 +235,7 @@ class TestOptions:
         "given, kept", [("/", ""), ("/api", "/api"), ("/api/", "/api"), ("/a/b//", "/a/b")]
     )
     def test_a_root_path_does_not_end_with_a_slash(self, given, kept):
-        """The app's own path is appended to it. (One without a slash at its
-        start is a mistake.)"""
+        """The app's own path is appended to it. (Without one at its start: TestMistakes.)"""
         assert server.Config("main:app", root_path=given).root_path == kept
 
     def test_a_mistake_in_python_is_an_exception_in_one_line(self):

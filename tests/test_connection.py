@@ -16,11 +16,9 @@ import re
 import select
 import signal
 import socket
-import ssl
 import threading
 import time
 import tracemalloc
-from pathlib import Path
 
 import pytest
 from apps import CHUNKED, CONTINUE, END, EXPECT, GET_10, START, Recorder, answer_with, asking
@@ -341,23 +339,6 @@ class TestDeadlinesOfAHead:
             pause(client, gap)
             client.send(GET[9:])
             assert client.response()[0] == 200
-
-
-def test_many_deadlines_that_pass_at_once_are_all_noticed_at_once(log, monkeypatch):
-    """What if the first one that ends a connection ended the look at the others? Under TLS
-    the server waits for goodbyes when it stops, and these clients never say them."""
-    monkeypatch.setattr(server, "LAST_CALL", SHORT)
-    certificate = str(Path(__file__).with_name("certificate.pem"))
-    context = ssl.create_default_context(cafile=certificate)
-    options = {"ssl_certfile": certificate, "timeout_graceful_shutdown": 1000.0}
-    with serve(drain, **options) as running, contextlib.ExitStack() as stack:
-        for _ in range(30):
-            sock = stack.enter_context(running.connect()).sock
-            stack.enter_context(context.wrap_socket(sock, server_hostname="localhost"))
-        started = time.monotonic()
-        running.stop()
-        assert time.monotonic() - started < 5
-    assert not errors(log)
 
 
 @pytest.mark.usefixtures("ticking_fast")

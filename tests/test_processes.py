@@ -193,8 +193,8 @@ class TestUnixSocket:
 
 
 class TestNothingIsLeft:
-    """Descriptors, tasks and processes are as they were before. For
-    five reloads see test_workers.py."""
+    """Descriptors, tasks and processes are as they were before. For five reloads see
+    test_workers.py."""
 
     @POSIX_ONLY
     def test_after_a_thousand_requests_and_200_abandoned_connections(self, start):

@@ -390,6 +390,18 @@ class TestDeadlines:
             assert all(client.read_all() == b"" for client in clients)
             assert time.monotonic() - started < 7
 
+    def test_many_that_pass_at_once_are_all_noticed_at_once(self, log, monkeypatch):
+        """What if the first one that ends a connection ended the look at the others? At a
+        stop the server waits for goodbyes, and these clients never say them."""
+        monkeypatch.setattr(server, "LAST_CALL", SHORT)
+        with serve(echo, **NO_HURRY) as running, contextlib.ExitStack() as stack:
+            for _ in range(30):
+                stack.enter_context(secure(running))
+            started = time.monotonic()
+            running.stop()
+            assert time.monotonic() - started < 5
+        assert not errors(log)
+
     def test_a_client_that_never_reads_is_dropped(self, monkeypatch):
         monkeypatch.setattr(server, "SEND_TIMEOUT", SHORT)
         with visiting(saying(START, *[body(bytes(100_000), more=True)] * 1000)) as client:
